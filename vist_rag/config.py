@@ -1,0 +1,116 @@
+"""Settings, validated where they are made. Plain frozen dataclasses; a checkpoint stores them as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vist_rag.errors import ConfigError
+
+
+def _check(name: str, value: Any, *, allowed: str, ok: bool, remedy: str = "") -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}{'; ' + remedy if remedy else ''}.")
+
+
+@dataclass(frozen=True, slots=True)
+class RendererConfig:
+    """How text becomes pages.
+
+    A page is a strip ``patch_size_px`` high and ``page_patches * patch_size_px`` wide, cut every ``tower_size_px``
+    pixels and stacked into the square image that a vision tower takes. So a patch of the image is a piece of the
+    strip, and patches in row-major order are the text from left to right.
+
+    Attributes:
+        tower_size_px: Side of the square image.
+        patch_size_px: Side of a patch, and height of the strip.
+        font_size_px: Height of the em square when an atlas is built from a font.
+        channels: 1 (grey) or 3 (RGB, the same value three times).
+        normalize: ``"per_image"`` (mean 0, standard deviation 1 over each page's text patches) or ``"none"``
+            (0 is black, 1 is white).
+    Source: VIST, arXiv:2502.00791, appendix A.1 and D.
+    """
+
+    tower_size_px: int = 224
+    patch_size_px: int = 14
+    font_size_px: int = 10
+    channels: int = 3
+    normalize: str = "per_image"
+
+    def __post_init__(self) -> None:
+        _check("channels", self.channels, allowed="1 (grey) or 3 (RGB)", ok=self.channels in (1, 3))
+        _check("normalize", self.normalize, allowed="'per_image' or 'none'", ok=self.normalize in ("per_image", "none"))
+        _check("patch_size_px", self.patch_size_px, allowed="8 or more", ok=self.patch_size_px >= 8)
+        _check(
+            "tower_size_px",
+            self.tower_size_px,
+            allowed=f"a multiple of patch_size_px ({self.patch_size_px})",
+            ok=self.tower_size_px > 0 and self.tower_size_px % self.patch_size_px == 0,
+        )
+        _check(
+            "font_size_px",
+            self.font_size_px,
+            allowed=f"in 4..{self.patch_size_px} (the strip is {self.patch_size_px} px high)",
+            ok=4 <= self.font_size_px <= self.patch_size_px,
+        )
+
+    @property
+    def page_patches(self) -> int:
+        """Patches a page, ``s``: 256 at the default sizes."""
+        return (self.tower_size_px // self.patch_size_px) ** 2
+
+    @property
+    def page_width_px(self) -> int:
+        """Width of the strip: 3,584 at the default sizes."""
+        return self.page_patches * self.patch_size_px
+
+
+@dataclass(frozen=True, slots=True)
+class ResamplerConfig:
+    """The Perceiver Resampler: patch features of one page -> at most ``latents_per_page`` latents.
+
+    Attributes:
+        latents_per_page: Latents for a page that is full of text; a shorter text takes proportionally fewer,
+            at least one.
+        width: Width ``d`` of a latent, and of the memory that is stored.
+        layers: Cross-attention blocks.
+        heads: Attention heads; must divide ``width``.
+        expansion: Width of the feed-forward layer, in multiples of ``width``.
+        tower_layers: Which hidden states of the tower are read: 0 is the patch embedding, -1 the last layer. More
+            than one are concatenated, so that memory keeps both how a word is spelt and what it means.
+    """
+
+    latents_per_page: int = 64
+    width: int = 256
+    layers: int = 2
+    heads: int = 4
+    expansion: int = 4
+    tower_layers: tuple[int, ...] = (-1,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tower_layers", tuple(self.tower_layers))
+        for name in ("latents_per_page", "width", "layers", "heads", "expansion"):
+            _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)
+        _check("heads", self.heads, allowed=f"a divisor of width ({self.width})", ok=self.width % self.heads == 0)
+        _check("tower_layers", self.tower_layers, allowed="at least one layer", ok=len(self.tower_layers) > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class FusionConfig:
+    """How memory enters the generator.
+
+    Attributes:
+        memory_width: Width ``d`` of the latents that come in.
+        generator_width: Width ``d_llm`` of the generator's token embeddings.
+        hidden_width: Width of the projector's hidden layer.
+        fingerprint: Of the compressor that this fusion was trained for; empty means "not trained yet, takes any".
+    """
+
+    memory_width: int
+    generator_width: int
+    hidden_width: int = 1024
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("memory_width", "generator_width", "hidden_width"):
+            _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)

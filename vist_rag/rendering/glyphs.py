@@ -1,0 +1,165 @@
+"""Font -> glyph atlas: every glyph as a small picture, stored once, so that rendering needs no font and is
+bit-identical on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vist_rag.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
+
+BOX = 0
+"""Glyph id of the box that stands for whatever the font does not cover."""
+
+DEFAULT_RANGES: tuple[tuple[int, int], ...] = (
+    (0x0020, 0x007F),  # Basic Latin
+    (0x00A0, 0x0250),  # Latin-1 Supplement, Latin Extended-A and -B
+    (0x0250, 0x0370),  # IPA, spacing modifiers, combining diacritical marks
+    (0x0370, 0x0530),  # Greek, Cyrillic, Cyrillic Supplement
+    (0x1E00, 0x2000),  # Latin Extended Additional (Vietnamese), Greek Extended
+    (0x2010, 0x2060),  # general punctuation
+    (0x2070, 0x20D0),  # super- and subscripts, currency
+    (0x2100, 0x2190),  # letter-like symbols, number forms
+    (0x2190, 0x2200),  # arrows
+    (0x2200, 0x2300),  # mathematical operators
+)
+
+
+@dataclass(frozen=True)
+class GlyphAtlas:
+    """Pictures of glyphs, with what is needed to set them side by side.
+
+    Attributes:
+        ink: How dark each pixel is, uint8 ``[g, h, w]``; glyph ``BOX`` is drawn for what no glyph covers.
+        advances: Pixels from one glyph's origin to the next one's, int32 ``[g]``.
+        codepoints: Unicode code points that have a glyph, int32 ``[c]``, ascending.
+        glyph_ids: The glyph of each code point, int32 ``[c]``.
+        origin: Column of ``ink`` that stands at the glyph's origin; columns before it reach back over the left
+            neighbour.
+    """
+
+    ink: Tensor
+    advances: np.ndarray
+    codepoints: np.ndarray
+    glyph_ids: np.ndarray
+    origin: int
+
+    @property
+    def digest(self) -> str:
+        """sha256 of everything that changes a pixel, in hexadecimal."""
+        sha = hashlib.sha256(str((tuple(self.ink.shape), self.origin)).encode())
+        for array in (self.ink.numpy(), self.advances, self.codepoints, self.glyph_ids):
+            sha.update(np.ascontiguousarray(array).tobytes())
+        return sha.hexdigest()
+
+    def lookup(self, codepoints: np.ndarray) -> np.ndarray:
+        """Glyph ids of code points, int32 of the same shape; ``BOX`` where there is none."""
+        places = np.searchsorted(self.codepoints, codepoints).clip(max=len(self.codepoints) - 1)
+        found = self.codepoints[places] == codepoints
+        return np.where(found, self.glyph_ids[places], BOX).astype(np.int32)
+
+    def save(self, path: str | Path) -> None:
+        """Write the atlas as one safetensors file."""
+        tensors = {
+            "ink": self.ink.contiguous(),
+            "advances": torch.from_numpy(self.advances),
+            "codepoints": torch.from_numpy(self.codepoints),
+            "glyph_ids": torch.from_numpy(self.glyph_ids),
+        }
+        save_file(tensors, str(path), metadata={"format": "pt", "origin": str(self.origin)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> GlyphAtlas:
+        """Read an atlas that ``save`` wrote.
+
+        Raises:
+            CheckpointError: If the file is missing, torn, or not an atlas.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                ink = file.get_tensor("ink")
+                advances, codepoints, glyph_ids = (
+                    file.get_tensor(name).numpy() for name in ("advances", "codepoints", "glyph_ids")
+                )
+                origin = int((file.metadata() or {})["origin"])
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"glyph atlas {path} cannot be read ({error}); restore the file, or build it anew with "
+                "GlyphAtlas.from_font(...).save(...)."
+            ) from error
+        return cls(ink, advances, codepoints, glyph_ids, origin)
+
+    @classmethod
+    def from_font(
+        cls,
+        fonts: str | Path | Iterable[str | Path],
+        *,
+        size_px: int = 10,
+        height_px: int = 14,
+        ranges: Iterable[tuple[int, int]] = DEFAULT_RANGES,
+    ) -> GlyphAtlas:
+        """Draw an atlas from TrueType or OpenType files with FreeType (through Pillow).
+
+        Args:
+            fonts: One font file, or several; a code point is taken from the first that has it.
+            size_px: Height of the em square.
+            height_px: Height of a glyph's picture, the strip's.
+            ranges: Half-open ranges of code points to draw.
+        Raises:
+            InputError: If a font file is missing or is no font.
+            ConfigError: If no font has any code point of ``ranges``.
+        """
+        try:
+            from fontTools.ttLib import TTFont, TTLibError
+            from PIL import Image, ImageDraw, ImageFont
+        except ImportError as error:
+            raise MissingDependencyError("Building a glyph atlas", "pillow and fonttools", "fonts") from error
+        paths = [fonts] if isinstance(fonts, (str, Path)) else list(fonts)
+        faces = []
+        for path in paths:
+            try:
+                face = ImageFont.truetype(str(path), size_px, layout_engine=ImageFont.Layout.BASIC)
+                with TTFont(str(path), fontNumber=0, lazy=True) as table:
+                    covered = set(table.getBestCmap() or ())
+            except (OSError, TTLibError) as error:
+                raise InputError(f"font {path} cannot be read ({error}); give a TrueType or OpenType file.") from error
+            faces.append((face, covered))
+        wanted = [c for first, last in ranges for c in range(first, last)]
+        chosen = {c: next((f for f, covered in faces if c in covered), None) for c in wanted}
+        drawn = [(c, face) for c, face in sorted(chosen.items()) if face is not None]
+        if not drawn:
+            raise ConfigError(f"ranges must hold a code point that a font covers, got none in {paths}.")
+
+        ascent = faces[0][0].getmetrics()[0]
+        baseline = min(height_px - 3, ascent)
+        origin = size_px
+        boxes = [face.getbbox(chr(c), anchor="ls") for c, face in drawn]
+        width = origin + max(int(np.ceil(box[2])) for box in boxes) + 1
+        ink = np.zeros((len(drawn) + 1, height_px, width), np.uint8)
+        advances = np.zeros(len(drawn) + 1, np.int32)
+        ink[BOX], advances[BOX] = _box(size_px, height_px, width, origin, baseline)
+        for glyph, (c, face) in enumerate(drawn, start=1):
+            picture = Image.new("L", (width, height_px), 0)
+            ImageDraw.Draw(picture).text((origin, baseline), chr(c), fill=255, font=face, anchor="ls")
+            ink[glyph] = np.asarray(picture)
+            advances[glyph] = round(face.getlength(chr(c)))
+        codepoints = np.array([c for c, _ in drawn], np.int32)
+        return cls(torch.from_numpy(ink), advances, codepoints, np.arange(1, len(drawn) + 1, dtype=np.int32), origin)
+
+
+def _box(size_px: int, height_px: int, width: int, origin: int, baseline: int) -> tuple[np.ndarray, int]:
+    """An empty rectangle of about a capital letter's size, and its advance."""
+    side = max(4, round(size_px * 0.6))
+    picture = np.zeros((height_px, width), np.uint8)
+    top, left = baseline - round(size_px * 0.7), origin + 1
+    picture[top:baseline, left : left + side] = 255
+    picture[top + 1 : baseline - 1, left + 1 : left + side - 1] = 0
+    return picture, side + 2
