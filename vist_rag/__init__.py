@@ -1,0 +1,106 @@
+"""Retrieval-augmented generation that reads most passages as images: text, pages, a few latents, an answer.
+
+Names are loaded when they are first used, so that ``import vist_rag`` is quick and touches no device and no network.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vist_rag.budget import Budget
+    from vist_rag.compression import VistCompressor, VisualMemory
+    from vist_rag.config import RendererConfig
+    from vist_rag.errors import (
+        CheckpointError,
+        ConfigError,
+        IncompatibleMemoryError,
+        InputError,
+        MissingDependencyError,
+        ShapeError,
+        StoreError,
+        VistError,
+    )
+    from vist_rag.generation import Prompt, VistGenerator
+    from vist_rag.pipeline import VistRAG
+    from vist_rag.rendering import Renderer
+    from vist_rag.retrieval import PassageIndex
+    from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
+
+    __version__: str
+
+__all__ = [
+    "Answer",
+    "Budget",
+    "CheckpointError",
+    "Citation",
+    "ConfigError",
+    "IncompatibleMemoryError",
+    "InputError",
+    "MissingDependencyError",
+    "Passage",
+    "PassageIndex",
+    "Prompt",
+    "Renderer",
+    "RendererConfig",
+    "SearchHit",
+    "ShapeError",
+    "StoreError",
+    "Usage",
+    "VistCompressor",
+    "VistError",
+    "VistGenerator",
+    "VistRAG",
+    "VisualMemory",
+    "__version__",
+]
+
+_ROOM_OF = {
+    "Answer": "types",
+    "Budget": "budget",
+    "CheckpointError": "errors",
+    "Citation": "types",
+    "ConfigError": "errors",
+    "IncompatibleMemoryError": "errors",
+    "InputError": "errors",
+    "MissingDependencyError": "errors",
+    "Passage": "types",
+    "PassageIndex": "retrieval",
+    "Prompt": "generation",
+    "Renderer": "rendering",
+    "RendererConfig": "config",
+    "SearchHit": "types",
+    "ShapeError": "errors",
+    "StoreError": "errors",
+    "Usage": "types",
+    "VistCompressor": "compression",
+    "VistError": "errors",
+    "VistGenerator": "generation",
+    "VistRAG": "pipeline",
+    "VisualMemory": "compression",
+}
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("vist-rag")
+    except PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _ROOM_OF:
+        value = getattr(import_module(f"vist_rag.{_ROOM_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

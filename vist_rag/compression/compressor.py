@@ -1,0 +1,248 @@
+"""The noun: text -> pages -> patch features -> latents, as one Hugging Face model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+
+from vist_rag.compression.memory import VisualMemory
+from vist_rag.compression.resampler import PerceiverResampler
+from vist_rag.compression.vision import VisionTower, tower_config
+from vist_rag.config import RendererConfig, ResamplerConfig
+from vist_rag.errors import ConfigError, InputError
+from vist_rag.rendering import GlyphAtlas, Pages, Renderer
+
+
+class VistConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Config of a ``VistCompressor``.
+
+    Attributes:
+        renderer: Fields of ``RendererConfig``.
+        tower: Config of the vision tower, with its ``model_type``.
+        resampler: Fields of ``ResamplerConfig``.
+        atlas: Sizes of the glyph atlas that the checkpoint holds: ``glyphs``, ``width``, ``codepoints``, ``origin``.
+    """
+
+    model_type = "vist_compressor"
+    renderer: dict[str, Any] | None = None
+    tower: dict[str, Any] | None = None
+    resampler: dict[str, Any] | None = None
+    atlas: dict[str, int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.renderer = asdict(RendererConfig(**(self.renderer or {})))
+        self.resampler = {**asdict(ResamplerConfig(**(self.resampler or {})))}
+        self.resampler["tower_layers"] = list(self.resampler["tower_layers"])
+        super().__post_init__(**kwargs)
+
+
+class VistCompressor(PreTrainedModel):  # type: ignore[misc]
+    """Reads passages as pictures and keeps a few latents of each.
+
+    The vision tower is frozen. The glyph atlas is part of the weights, so a checkpoint renders the same pixels on
+    every machine without a font.
+    """
+
+    config_class = VistConfig
+    base_model_prefix = "compressor"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: VistConfig) -> None:
+        super().__init__(config)
+        if config.tower is None or config.atlas is None:
+            raise ConfigError("VistConfig must hold a tower and an atlas; make the model with VistCompressor.build(...).")
+        self.renderer_config = RendererConfig(**config.renderer)
+        self.resampler_config = ResamplerConfig(**config.resampler)
+        vision = tower_config(config.tower)
+        _check_sizes(vision, self.renderer_config)
+        self.tower = VisionTower.from_config(vision)
+        layers = self.resampler_config.tower_layers
+        self.resampler = PerceiverResampler(
+            self.resampler_config, self.tower.width * len(layers), self.renderer_config.page_patches
+        )
+        sizes, height = config.atlas, self.renderer_config.patch_size_px
+        self.register_buffer("atlas_ink", torch.zeros(sizes["glyphs"], height, sizes["width"], dtype=torch.uint8))
+        self.register_buffer("atlas_advances", torch.zeros(sizes["glyphs"], dtype=torch.int32))
+        self.register_buffer("atlas_codepoints", torch.zeros(sizes["codepoints"], dtype=torch.int32))
+        self.register_buffer("atlas_glyph_ids", torch.zeros(sizes["codepoints"], dtype=torch.int32))
+        self._renderer: Renderer | None = None
+        self._fingerprint: str | None = None
+        self.tower.requires_grad_(False)
+        self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        # Loading happens on the meta device: what __init__ set is lost, so initial values belong here.
+        super()._init_weights(module)
+        if isinstance(module, PerceiverResampler):
+            init.normal_(module.latents, std=0.02)
+
+    @classmethod
+    def build(
+        cls,
+        tower: str | dict[str, Any] | PreTrainedConfig | PreTrainedModel,
+        atlas: GlyphAtlas,
+        *,
+        renderer: RendererConfig | None = None,
+        resampler: ResamplerConfig | None = None,
+    ) -> VistCompressor:
+        """A compressor with a fresh resampler.
+
+        Args:
+            tower: A hub id or local path (pretrained weights are loaded), a loaded model, or a config (fresh weights).
+            atlas: The glyphs to render with.
+            renderer: Sizes of a page; None takes them from the tower.
+            resampler: Sizes of the memory.
+        """
+        model = None
+        if isinstance(tower, str):
+            model = AutoModel.from_pretrained(tower)
+            model = getattr(model, "vision_model", model)
+        elif isinstance(tower, PreTrainedModel):
+            model = tower
+        vision = tower_config(model.config if model is not None else tower)
+        renderer = renderer or RendererConfig(
+            tower_size_px=int(vision.image_size), patch_size_px=int(vision.patch_size), channels=int(vision.num_channels)
+        )
+        config = VistConfig(
+            renderer=asdict(renderer),
+            tower=vision.to_dict(),
+            resampler=asdict(resampler or ResamplerConfig()),
+            atlas={
+                "glyphs": len(atlas.ink),
+                "width": atlas.ink.shape[2],
+                "codepoints": len(atlas.codepoints),
+                "origin": atlas.origin,
+            },
+        )
+        compressor = cls(config)
+        if model is not None:
+            compressor.tower.model.load_state_dict(model.state_dict(), strict=False)
+        compressor.atlas_ink.copy_(atlas.ink)
+        for name in ("advances", "codepoints", "glyph_ids"):
+            getattr(compressor, f"atlas_{name}").copy_(torch.from_numpy(getattr(atlas, name)))
+        return compressor
+
+    @property
+    def renderer(self) -> Renderer:
+        """The renderer of this compressor's pages, on its device."""
+        if self._renderer is None:
+            atlas = GlyphAtlas(
+                self.atlas_ink.cpu(),
+                *(getattr(self, f"atlas_{name}").cpu().numpy() for name in ("advances", "codepoints", "glyph_ids")),
+                self.config.atlas["origin"],
+            )
+            self._renderer = Renderer(atlas, self.renderer_config)
+        return self._renderer.to(self.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over renderer settings, glyph atlas, tower and resampler weights, in hexadecimal.
+
+        Weights count as their bf16 values, so that the same checkpoint has one fingerprint in every dtype. A model
+        in training mode is hashed anew each time.
+        """
+        if self._fingerprint is None or self.training:
+            sha = hashlib.sha256(json.dumps([self.config.renderer, self.config.resampler], sort_keys=True).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                tensor = tensor.to(torch.bfloat16).view(torch.int16) if tensor.is_floating_point() else tensor
+                sha.update(name.encode())
+                sha.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+            self._fingerprint = sha.hexdigest()
+        return self._fingerprint
+
+    def train(self, mode: bool = True) -> VistCompressor:
+        """Training mode for the resampler alone: the tower stays frozen, dropout included."""
+        super().train(mode)
+        self.tower.eval()
+        self._fingerprint = None
+        return self
+
+    def features(self, pixel_values: Tensor, patch_mask: Tensor) -> Tensor:
+        """What the tower sees: float ``[p, s', d_v * layers read]``; ``s'`` stops at the longest text."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_trains()):
+            hidden = self.tower(pixel_values, patch_mask)
+        return torch.cat([hidden[layer] for layer in self.resampler_config.tower_layers], dim=-1)
+
+    def forward(self, pixel_values: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Compress pages.
+
+        Args:
+            pixel_values: float ``[p, c, size, size]``.
+            patch_mask: bool ``[p, s]``.
+        Returns:
+            Latents, float ``[p, n, d]``, and which of them stand for text, bool ``[p, n]``.
+        """
+        first = torch.arange(patch_mask.shape[1], device=patch_mask.device) == 0
+        patch_mask = patch_mask | first  # a blank page is its first patch: attention over nothing is NaN
+        features = self.features(pixel_values, patch_mask)
+        return self.resampler(features, patch_mask[:, : features.shape[1]])
+
+    def count_latents(self, text: str) -> int:
+        """How many latents ``encode`` will make of a text: known from its layout alone, before any pixel is drawn."""
+        size, window = self.renderer_config.patch_size_px, self.resampler.window
+        widths = self.renderer.widths(text)
+        return sum(max(1, -(-(-(-int(w) // size)) // window)) for w in widths)
+
+    def _tower_trains(self) -> bool:
+        return any(p.requires_grad for p in self.tower.parameters())
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False) -> list[VisualMemory]:
+        """Compress texts, each on pages of its own, so that a memory depends on its text alone.
+
+        Args:
+            texts: What to compress; an empty text has a memory of one latent.
+            batch_size: Pages in one forward pass.
+            progress: Show a progress bar.
+        Returns:
+            A memory for each text, in order, on the CPU.
+        Raises:
+            InputError: If an item is not a string.
+            ConfigError: If ``batch_size`` is less than 1.
+        """
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of strings, got one string; wrap it in a list.")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}.")
+        was_training = self.training
+        self.eval()
+        # Neighbours in length share a batch, so that little is computed on blank patches.
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if isinstance(texts[i], str) else 0)
+        latents: list[list[Tensor]] = [[] for _ in texts]
+        with tqdm(total=len(texts), desc="compressing", unit=" passages", disable=not progress) as bar:
+            for begin in range(0, len(order), batch_size):
+                some = order[begin : begin + batch_size]
+                pages = self.renderer.render([texts[i] for i in some])
+                for text_id, page in self._page_latents(pages, batch_size):
+                    latents[some[text_id]].append(page)
+                bar.update(len(some))
+        fingerprint = self.fingerprint
+        self.train(was_training)
+        return [VisualMemory(torch.cat(parts), fingerprint) for parts in latents]
+
+    def _page_latents(self, pages: Pages, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+        for begin in range(0, len(pages), batch_size):
+            part = slice(begin, begin + batch_size)
+            latents, standing = self(pages.pixel_values[part], pages.patch_mask[part])
+            for text_id, page, mask in zip(pages.text_ids[part].tolist(), latents, standing, strict=True):
+                yield text_id, page[: max(1, int(mask.sum()))].float().cpu()
+
+
+def _check_sizes(vision: PreTrainedConfig, renderer: RendererConfig) -> None:
+    for name, got, allowed in (
+        ("image_size", vision.image_size, renderer.tower_size_px),
+        ("patch_size", vision.patch_size, renderer.patch_size_px),
+        ("num_channels", vision.num_channels, renderer.channels),
+    ):
+        if got != allowed:
+            raise ConfigError(f"the tower's {name} must be the renderer's, {allowed}, got {got}; change either.")

@@ -1,0 +1,106 @@
+"""Perceiver Resampler: many patch features -> few latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from vist_rag.config import ResamplerConfig
+from vist_rag.errors import ConfigError, ShapeError
+
+
+class PerceiverBlock(nn.Module):
+    """Latents attend to features and to themselves, then a feed-forward layer; both residual, pre-norm."""
+
+    def __init__(self, width: int, heads: int, expansion: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_latents = nn.LayerNorm(width)
+        self.norm_features = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
+        )
+
+    def forward(self, latents: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        """Latents ``[p, n, d]``, features ``[p, s, d]``, mask ``[p, s + n]`` -> latents ``[p, n, d]``."""
+        queries = self.norm_latents(latents)
+        sources = torch.cat((self.norm_features(features), queries), dim=1)  # [p, s + n, d]
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query(queries), *self.key_value(sources).chunk(2, dim=-1))
+        )
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        latents = latents + self.output(read.transpose(1, 2).flatten(2))
+        return latents + self.feed_forward(latents)
+
+
+class PerceiverResampler(nn.Module):
+    """Compress page features into latents that each stand for a window of the strip.
+
+    Latent ``i`` starts from a learned query plus a projection of the ``s / latents_per_page`` neighbouring patches
+    that it stands for, and then attends to the whole page. So a page that holds little text needs few latents, and
+    neighbouring latents can be merged without the tower.
+
+    Args:
+        config: Sizes.
+        feature_width: Width of the incoming features (``d_v`` times the number of tower layers read).
+        page_patches: Patches of a full page, ``s``.
+    Raises:
+        ConfigError: If ``latents_per_page`` does not divide ``page_patches``.
+    Source: Flamingo, arXiv:2204.14198, section 3.1 (no time embedding). Starting each query from its window is this
+        project's: it learns to read in minutes where free queries take hours.
+    """
+
+    def __init__(self, config: ResamplerConfig, feature_width: int, page_patches: int) -> None:
+        super().__init__()
+        if page_patches % config.latents_per_page:
+            raise ConfigError(
+                f"latents_per_page must divide the patches of a page ({page_patches}), got {config.latents_per_page}."
+            )
+        self.feature_width = feature_width
+        self.window = page_patches // config.latents_per_page
+        self.latents = nn.Parameter(torch.zeros(config.latents_per_page, config.width))
+        self.norm_in = nn.LayerNorm(feature_width)
+        self.project = nn.Linear(feature_width, config.width)
+        self.project_window = nn.Linear(self.window * feature_width, config.width)
+        self.blocks = nn.ModuleList(
+            PerceiverBlock(config.width, config.heads, config.expansion) for _ in range(config.layers)
+        )
+        self.norm_out = nn.LayerNorm(config.width)
+
+    def latent_mask(self, mask: Tensor) -> Tensor:
+        """Which latents stand for text: bool ``[p, s]`` -> bool ``[p, n]``."""
+        padded = F.pad(mask, (0, -mask.shape[1] % self.window))
+        return padded.unflatten(1, (-1, self.window)).any(-1)
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Compress the features of each page.
+
+        Args:
+            features: Patch features, float ``[p, s, feature_width]``; ``s`` may stop at the longest text.
+            mask: True where a patch holds text, bool ``[p, s]``.
+        Returns:
+            Latents, float ``[p, n, d]``, and which of them stand for text, bool ``[p, n]``.
+        Raises:
+            ShapeError: If the features' width is not the one this resampler was built for.
+        """
+        if features.shape[-1] != self.feature_width:
+            raise ShapeError(
+                f"features must be {self.feature_width} wide (tower width x layers read), got {features.shape[-1]}; "
+                "use the tower that this resampler was trained with."
+            )
+        features = self.norm_in(features) * mask[..., None]
+        padding = -features.shape[1] % self.window
+        windows = F.pad(features, (0, 0, 0, padding)).unflatten(1, (-1, self.window)).flatten(2)
+        latents = self.project_window(windows)  # [p, n, d]
+        latents = latents + self.latents[: latents.shape[1]]
+        standing = self.latent_mask(mask)
+        attended = torch.cat((mask, standing), dim=1)
+        projected = self.project(features)
+        for block in self.blocks:
+            latents = block(latents, projected, attended)
+        return self.norm_out(latents), standing

@@ -1,0 +1,136 @@
+"""Memory as soft prompt: latents projected to the generator's width and spliced into ``inputs_embeds``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from vist_rag.compression import VisualMemory
+from vist_rag.config import FusionConfig
+from vist_rag.errors import CheckpointError, IncompatibleMemoryError, ShapeError
+from vist_rag.generation.prompt import Prompt, TextSegment
+
+if TYPE_CHECKING:
+    from vist_rag.generation.generator import VistGenerator
+
+
+class SoftPromptFusion(nn.Module):
+    """Projector and boundary embeddings.
+
+    Args:
+        config: Widths, and the compressor whose memories this was trained for.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.projector = nn.Sequential(
+            nn.LayerNorm(config.memory_width),
+            nn.Linear(config.memory_width, config.hidden_width),
+            nn.GELU(),
+            nn.Linear(config.hidden_width, config.generator_width),
+        )
+        self.boundaries = nn.Parameter(torch.randn(2, config.generator_width) * 0.02)
+
+    @classmethod
+    def text_only(cls, generator_width: int) -> SoftPromptFusion:
+        """A fusion for a generator that reads no memory: it refuses every memory."""
+        return cls(FusionConfig(1, generator_width, hidden_width=1, fingerprint="none: this generator has no fusion"))
+
+    @property
+    def boundary_tokens(self) -> int:
+        """Positions that each memory takes beside its latents."""
+        return len(self.boundaries)
+
+    def bind(self, fingerprint: str) -> None:
+        """Take memories of this compressor only, from now on."""
+        self.config = replace(self.config, fingerprint=fingerprint)
+
+    def check(self, memory: VisualMemory) -> None:
+        """Refuse a memory that this fusion was not trained for.
+
+        Raises:
+            IncompatibleMemoryError: If another compressor made it.
+            ShapeError: If its width is another.
+        """
+        if self.config.fingerprint and memory.fingerprint != self.config.fingerprint:
+            raise IncompatibleMemoryError(
+                f"memory must come from compressor {self.config.fingerprint[:12]} (which this fusion was trained for), "
+                f"got {memory.fingerprint[:12] or 'none'}; encode the passages anew with that compressor."
+            )
+        if memory.latents.shape[1] != self.config.memory_width:
+            raise ShapeError(
+                f"latents must be {self.config.memory_width} wide, got {memory.latents.shape[1]}; "
+                "use the compressor that this fusion was trained for."
+            )
+
+    def project(self, latents: Tensor) -> Tensor:
+        """Latents of one memory ``[n, d]`` -> soft prompt ``[n + 2, d_llm]``, boundaries included."""
+        latents = latents.to(self.boundaries.device, self.boundaries.dtype)
+        begin, end = self.boundaries[:1], self.boundaries[1:]
+        return torch.cat((begin, self.projector(latents), end))
+
+    @contextmanager
+    def condition(self, generator: VistGenerator, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
+        """Keyword arguments of ``generate`` for a batch of prompts: left-padded embeddings and their mask.
+
+        Leaves no state anywhere, so there is nothing to clean up after an exception.
+        """
+        rows = [self.embed(generator, prompt) for prompt in prompts]
+        # Left padding, so that every prompt ends where its answer begins.
+        embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
+        places = torch.arange(embeds.shape[1], device=embeds.device)
+        mask = (places >= embeds.shape[1] - lengths[:, None]).long()
+        yield {"inputs_embeds": embeds, "attention_mask": mask}
+
+    def embed(self, generator: VistGenerator, prompt: Prompt) -> Tensor:
+        """One prompt as embeddings, ``[t, d_llm]``."""
+        table = generator.model.get_input_embeddings()
+        before, after = generator.frame
+        parts = [table(generator.ids(before))]
+        for segment in prompt.segments:
+            if isinstance(segment, TextSegment):
+                parts.append(table(generator.tokenize(segment.text)))
+            else:
+                self.check(segment.memory)
+                parts.append(self.project(segment.memory.latents).to(parts[0].dtype))
+        parts.append(table(generator.ids(after)))
+        return torch.cat(parts)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(json.dumps({"fusion": "soft_prompt", **asdict(self.config)}, indent=2))
+        state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, str(directory / "model.safetensors"), metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> SoftPromptFusion:
+        """Read what ``save_pretrained`` wrote.
+
+        Raises:
+            CheckpointError: If a file is missing, torn, or of another kind of fusion.
+        """
+        directory = Path(directory)
+        try:
+            fields = json.loads((directory / "config.json").read_text())
+            kind = fields.pop("fusion")
+            if kind != "soft_prompt":
+                raise CheckpointError(f"fusion in {directory} must be 'soft_prompt', got {kind!r}.")
+            fusion = cls(FusionConfig(**fields))
+            fusion.load_state_dict(load_file(str(directory / "model.safetensors")))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"fusion in {directory} cannot be read ({error}); restore its files.") from error
+        return fusion

@@ -1,0 +1,77 @@
+"""What the generator is asked: a list of segments, text or memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vist_rag.compression import VisualMemory
+from vist_rag.types import Passage
+
+
+@dataclass(frozen=True, slots=True)
+class TextSegment:
+    """Text that the generator reads as tokens. Special tokens in it are plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySegment:
+    """A passage that the generator reads as memory."""
+
+    memory: VisualMemory
+
+
+Segment = TextSegment | MemorySegment
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Segments in reading order; a chat template, where the generator has one, is put around the whole of them."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def memory_tokens(self) -> int:
+        """Latents in the prompt, boundary embeddings not counted."""
+        return sum(len(s.memory) for s in self.segments if isinstance(s, MemorySegment))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTemplate:
+    """How passages and a question become a prompt. Fields are format strings.
+
+    Attributes:
+        instruction: Opens the prompt.
+        raw: A passage read as text; knows ``{title}`` and ``{text}``.
+        untitled: The same for a passage without a title.
+        memory: Stands before a passage read as memory (its title is in the memory).
+        question: Closes the prompt; knows ``{question}``.
+    """
+
+    instruction: str = ""
+    raw: str = "Document (Title: {title}): {text}\n"
+    untitled: str = "Document: {text}\n"
+    memory: str = "Document: "
+    question: str = "Question: {question}\nAnswer:"
+
+    def raw_text(self, passage: Passage) -> str:
+        """A passage as the generator reads it raw."""
+        # Not str.format on the passage: braces in its text are its own.
+        form = self.raw if passage.title else self.untitled
+        return form.replace("{title}", passage.title).replace("{text}", passage.text)
+
+    def build(self, question: str, raw: Sequence[Passage], memories: Sequence[VisualMemory]) -> Prompt:
+        """A prompt: memories first, then raw passages with the best last, next to the question.
+
+        Args:
+            question: What is asked.
+            raw: Passages read as text, best first.
+            memories: Memories, best first.
+        """
+        segments: list[Segment] = [TextSegment(self.instruction)] if self.instruction else []
+        for memory in reversed(memories):
+            segments += [TextSegment(self.memory), MemorySegment(memory)]
+        segments += [TextSegment(self.raw_text(p)) for p in reversed(raw)]
+        return Prompt((*segments, TextSegment(self.question.replace("{question}", question))))

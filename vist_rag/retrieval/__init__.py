@@ -1,0 +1,16 @@
+"""Files -> passages -> a durable index that is searched by meaning."""
+
+from vist_rag.retrieval.chunking import find_documents, read_passages, split_text
+from vist_rag.retrieval.embedder import Embedder, SentenceTransformerEmbedder
+from vist_rag.retrieval.index import PassageIndex
+from vist_rag.retrieval.store import PassageStore
+
+__all__ = [
+    "Embedder",
+    "PassageIndex",
+    "PassageStore",
+    "SentenceTransformerEmbedder",
+    "find_documents",
+    "read_passages",
+    "split_text",
+]

@@ -1,0 +1,197 @@
+"""One SQLite file, opened with care: ours and nobody else's, transactions that hold, errors that say what helps."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from vist_rag.errors import StoreError
+
+APPLICATION_ID = 0x56495354  # "VIST", in the file's header: tells our files from those of others
+
+
+def utf8(text: str) -> bytes:
+    """A text parameter, for ``CAST(? AS TEXT)``: bytes, since Python hands SQLite no string with a lone surrogate."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+class Database:
+    """A SQLite file with a schema version, in WAL mode, shared by the threads of this process.
+
+    Args:
+        path: The file; made where it is missing, unless ``read_only``.
+        version: The schema version that this code reads and writes.
+        create: Called in a transaction to fill a new file.
+        read_only: Never write to the file; it must exist.
+        timeout_s: How long to wait for another process's write.
+    Raises:
+        StoreError: If the file is missing (read-only), locked, damaged, of another program or version, or cannot be
+            opened.
+    """
+
+    def __init__(
+        self, path: Path, *, version: int, create: Callable[[Database], None], read_only: bool, timeout_s: float
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._lock = threading.RLock()
+        self._depth = 0  # of nested transactions
+        self._connection: sqlite3.Connection | None = None
+        with self._translated():
+            self._connection = self._connect(timeout_s)
+            try:
+                if not read_only:
+                    self.execute("PRAGMA synchronous = FULL")
+                    self.execute("PRAGMA foreign_keys = ON")
+                self._check_or_create(version, create)
+            except BaseException:
+                self.close()
+                raise
+
+    def _connect(self, timeout_s: float) -> sqlite3.Connection:
+        mode = "rwc"
+        if self.read_only:
+            if not self.path.is_file():
+                raise StoreError(f"{self.path} does not exist; check the directory, or index something into it first.")
+            mode = "ro" if os.access(self.path.parent, os.W_OK) else self._mode_without_shared_memory()
+        uri = f"file:{quote(os.fsencode(self.path.absolute()))}?mode={mode}"
+        connection = sqlite3.connect(uri, uri=True, timeout=timeout_s, isolation_level=None, check_same_thread=False)
+        connection.text_factory = lambda data: data.decode("utf-8", "surrogatepass")
+        return connection
+
+    def _mode_without_shared_memory(self) -> str:
+        """WAL needs a shared-memory file beside the store; a read-only directory may have one, and may get none."""
+        journal = Path(f"{self.path}-wal")
+        if not journal.exists() or journal.stat().st_size == 0:
+            return "ro&immutable=1"
+        if Path(f"{self.path}-shm").exists():
+            return "ro"
+        raise StoreError(
+            f"{self.path} has writes in {journal.name}, which cannot be read in a read-only directory; open it once "
+            "where the directory is writable."
+        )
+
+    def _check_or_create(self, version: int, create: Callable[[Database], None]) -> None:
+        application, found = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
+        if application == APPLICATION_ID and found != version:
+            raise StoreError(
+                f"{self.path} has schema version {found}, this vist-rag reads {version}; "
+                "pip install --upgrade vist-rag, or index into another directory."
+            )
+        if application == APPLICATION_ID:
+            return
+        if application or found or self.value("SELECT count(*) FROM sqlite_master"):
+            raise StoreError(f"{self.path} is a SQLite file of another program; choose another directory.")
+        if self.read_only:
+            raise StoreError(f"{self.path} is empty; index something into it first.")
+        self.execute("PRAGMA journal_mode = WAL")
+        with self.transaction():
+            if self.value("PRAGMA application_id") != APPLICATION_ID:  # else another process was faster
+                create(self)
+                self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self.execute(f"PRAGMA user_version = {version}")
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` has been called."""
+        return self._connection is None
+
+    def execute(self, sql: str, *values: object) -> sqlite3.Cursor:
+        """Run one statement; only within :meth:`reading`, :meth:`snapshot` or :meth:`transaction`."""
+        return self._open.execute(sql, values)
+
+    def value(self, sql: str, *values: object) -> Any:
+        """The first column of the first row; None where there is no row."""
+        row = self.execute(sql, *values).fetchone()
+        return row[0] if row else None
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Statements within are alone on the connection, and their errors are :class:`StoreError`."""
+        with self._lock, self._translated():
+            yield
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """As :meth:`reading`; all reads within see one state, whatever other processes write meanwhile."""
+        with self._scope("BEGIN"):
+            yield
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """One write transaction: all of the body, or nothing where it raises. May be nested; other writers wait.
+
+        Raises:
+            StoreError: If the file is open read-only, or locked for longer than the timeout.
+        """
+        self.require_writable()
+        with self._scope("BEGIN IMMEDIATE"):
+            yield
+
+    def require_writable(self) -> None:
+        """Do nothing, or raise :class:`StoreError` where the file is open read-only."""
+        if self.read_only:
+            raise StoreError(f"{self.path} is open read-only; open it for writing, in a directory that can be written.")
+
+    @contextmanager
+    def _scope(self, begin: str) -> Iterator[None]:
+        with self.reading():
+            if self._depth == 0:
+                self.execute(begin)
+            self._depth += 1
+            try:
+                yield
+                if self._depth == 1:
+                    self.execute("COMMIT")
+            except BaseException:
+                if self._depth == 1 and self._open.in_transaction:
+                    self._open.rollback()
+                raise
+            finally:
+                self._depth -= 1
+
+    @property
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError(f"{self.path} has been closed; open it again.")
+        return self._connection
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path} {_reason(error)} ({error}).") from error
+        except UnicodeDecodeError as error:
+            raise StoreError(f"{self.path} {_REASONS['SQLITE_CORRUPT']} ({error}).") from error
+
+
+_REASONS = {
+    "SQLITE_BUSY": "is locked by another process; wait for its write to end, or close it",
+    "SQLITE_LOCKED": "is locked by another connection; wait for its write to end, or close it",
+    "SQLITE_READONLY": "cannot be written; check the permissions of the file and its directory",
+    "SQLITE_CANTOPEN": "cannot be opened; check that its directory exists and can be written",
+    "SQLITE_PERM": "cannot be opened; check its permissions",
+    "SQLITE_FULL": "cannot grow, the disk is full; free some space and repeat, nothing that was stored is lost",
+    "SQLITE_NOTADB": "is not a SQLite file, or its header is damaged; restore it from a copy, or index anew elsewhere",
+    "SQLITE_CORRUPT": "is damaged; restore it from a copy, or index anew into another directory",
+}
+
+
+def _reason(error: sqlite3.Error) -> str:
+    """What is wrong and what helps, to follow the name of the file."""
+    name = getattr(error, "sqlite_errorname", "") or "an unnamed error"
+    return next((text for prefix, text in _REASONS.items() if name.startswith(prefix)), f"failed with {name}")

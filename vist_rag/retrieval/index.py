@@ -1,0 +1,350 @@
+"""PassageIndex: a directory of passages that is searched by meaning and survives whatever happens to the process."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from tqdm.auto import tqdm
+
+from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
+from vist_rag.retrieval.embedder import DEFAULT_MODEL, Embedder, SentenceTransformerEmbedder
+from vist_rag.retrieval.faiss_cache import FaissCache, new_index
+from vist_rag.retrieval.store import Entry, PassageStore
+from vist_rag.types import Passage, SearchHit
+
+MAX_QUESTION_CHARS = 20_000
+"""Longest question that is searched for: what is longer is a document, and its vector would be that of its start."""
+
+_BATCH = 256
+"""Passages a transaction: what a kill can undo, against the cost of an fsync."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+_MISSING: Any = object()
+
+
+class PassageIndex:
+    """Passages with their vectors and memories, searched by cosine similarity.
+
+    The store (``passages.sqlite``) is the truth; FAISS (``passages.faiss``) is a cache of its vectors. Any number of
+    processes may read while one writes: a reader follows the writer at its next search. Thread-safe. Use
+    :meth:`open`, and close it, or use it as a context manager, so that the cache is written.
+    """
+
+    def __init__(self, store: PassageStore, embedder: Embedder, cache: FaissCache) -> None:
+        self.embedder = embedder
+        self._store = store
+        self._cache = cache
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | Path,
+        *,
+        embedder: Embedder | None = None,
+        index_factory: str | None = None,
+        read_only: bool = False,
+    ) -> PassageIndex:
+        """Open the index in a directory; make it where there is none.
+
+        A directory that cannot be written is opened as ``read_only``. The embedder is not loaded before it is needed.
+
+        Args:
+            directory: Where the index lives.
+            embedder: None is the one that the index was made with, all-MiniLM-L6-v2 for a new one.
+            index_factory: A FAISS factory string; None is the one that the index was made with, ``Flat`` (exact) for a
+                new one. Another one than before has the cache built anew.
+            read_only: Never write; the index must exist.
+        Raises:
+            StoreError: If the index is missing (read-only), locked, damaged, of a newer version, or was made with
+                another embedder, or if the directory cannot be made.
+            ConfigError: If FAISS refuses ``index_factory``.
+        Warns:
+            UserWarning: If the cache is missing, torn or older than the store, and was built anew.
+        """
+        directory = Path(directory)
+        read_only = read_only or _made_or_found(directory)
+        store = PassageStore(directory / "passages.sqlite", read_only=read_only)
+        try:
+            meta = store.meta()
+            embedder = _matching(embedder, meta.get("embedder"), directory)
+            if "embedder" not in meta:
+                store.set_meta("embedder", embedder.name)
+            made_with = meta.get("index_factory")
+            factory = index_factory or made_with or "Flat"
+            index = cls(store, embedder, FaissCache(directory / "passages.faiss", factory))
+            index._open_cache(factory_changed=made_with not in (None, factory))
+        except BaseException:
+            store.close()
+            raise
+        return index
+
+    def _open_cache(self, *, factory_changed: bool) -> None:
+        if factory_changed:
+            new_index(self._cache.factory, int(self.meta["dimension"]))
+        with self._store.snapshot():
+            reason = self._cache.load(self._store)
+            if reason is not None and len(self._store):
+                if not factory_changed:
+                    path = self._cache.path
+                    warnings.warn(f"{path} {reason}; building it anew from the store, nothing is lost.", stacklevel=3)
+                self._cache.refresh(self._store)
+        if not self._store.read_only:
+            if factory_changed:
+                self._store.set_meta("index_factory", self._cache.factory)
+            self._save_cache()
+
+    def _save_cache(self) -> None:
+        try:
+            self._cache.save(self._store)
+        except (OSError, StoreError) as error:
+            warnings.warn(f"The FAISS cache was not written; the next opening builds it anew. {error}", stacklevel=3)
+
+    def close(self) -> None:
+        """Write the cache if it is outdated, and close the files; a second call does nothing."""
+        with self._lock:
+            try:
+                if not self._store.closed and not self._store.read_only:
+                    self._save_cache()
+            finally:
+                self._store.close()
+
+    def __enter__(self) -> PassageIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def __bool__(self) -> bool:
+        return True  # an empty index is an index: ``index or default`` must not drop it
+
+    @property
+    def meta(self) -> dict[str, str]:
+        """What the index was made with: ``embedder``; after the first passage also ``dimension``, ``index_factory``."""
+        return self._store.meta()
+
+    # ------------------------------------------------------------------------------------------------------- writing
+
+    def add(
+        self,
+        passages: Iterable[Passage],
+        memories: Iterable[ArrayLike | None] | None = None,
+        *,
+        fingerprint: str = "",
+        progress: bool = False,
+    ) -> int:
+        """Embed passages and store them, with their memories where given, one transaction for every 256.
+
+        What is interrupted keeps the batches that were stored; repeating it goes on from there, since a passage that is
+        stored with the same text is not embedded again. A passage with a known id and another text replaces it.
+
+        Args:
+            passages: Passages; read as they are needed.
+            memories: float ``[n, d]`` for each passage, or None for one without; as many as passages.
+            fingerprint: Of the compressor that made the memories.
+            progress: Whether to show a progress bar.
+        Returns:
+            How many passages are new or changed.
+        Raises:
+            ConfigError: If memories come without a fingerprint, or FAISS refuses the index factory.
+            InputError: If there are more or fewer memories than passages, or one of either cannot be stored.
+            ShapeError: If the embedder does not give one vector a text, all of the length of those stored.
+            StoreError: If the index is read-only or locked.
+        """
+        if memories is not None and not fingerprint:
+            raise ConfigError("fingerprint must name the compressor that made the memories, got ''; give it.")
+        self._store.require_writable()
+        added = 0
+        with tqdm(desc="indexing", unit=" passages", disable=not progress, total=_length(passages)) as bar:
+            pairs = _paired(passages, memories)
+            while batch := list(islice(pairs, _BATCH)):
+                added += self._add_batch(batch, fingerprint)
+                bar.update(len(batch))
+        return added
+
+    def _add_batch(self, batch: Sequence[tuple[Passage, ArrayLike | None]], fingerprint: str) -> int:
+        unknown = [passage for passage, _ in batch if not self._store.holds(passage)]
+        vectors = self._embed([passage.content for passage in unknown]) if unknown else np.zeros((0, 0), np.float32)
+        found = dict(zip(unknown, vectors, strict=True))
+        entries = [Entry(passage, found.get(passage), memory) for passage, memory in batch]
+        with self._store.transaction():
+            if unknown and "dimension" not in self.meta:
+                dimension = vectors.shape[1]
+                new_index(self._cache.factory, dimension)  # tells of a bad factory now, not after a night of indexing
+                self._store.set_meta("dimension", str(dimension))
+                self._store.set_meta("index_factory", self._cache.factory)
+            self._check_dimension(vectors)
+            return self._store.add(entries, fingerprint)
+
+    def _embed(self, texts: Sequence[str], *, query: bool = False) -> NDArray[np.float32]:
+        """Vectors of length 1, ``[n, d]``, so that their inner product is the cosine."""
+        vectors = np.array(self.embedder.encode(texts, query=query), dtype=np.float32)
+        if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
+            raise ShapeError(
+                f"The embedder {self.embedder.name!r} must give {len(texts)} finite vectors [n, d], got "
+                f"{list(vectors.shape)}; correct it."
+            )
+        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors
+
+    def _check_dimension(self, vectors: NDArray[np.float32]) -> None:
+        if len(vectors) and vectors.shape[1] != int(self.meta["dimension"]):
+            raise ShapeError(
+                f"Vectors in this index have length {self.meta['dimension']}, the embedder {self.embedder.name!r} gave "
+                f"{vectors.shape[1]}; use the embedder that the index was made with, or another directory."
+            )
+
+    def delete(self, ids: Iterable[str]) -> int:
+        """Delete passages and their memories, in one transaction; unknown ids are passed over.
+
+        With a factory other than ``Flat`` the next search builds FAISS anew: delete many at a time.
+
+        Returns:
+            How many were deleted.
+        Raises:
+            StoreError: If the index is read-only or locked.
+        """
+        return self._store.delete(ids)
+
+    def put_memories(self, memories: Mapping[str, ArrayLike] | Mapping[Passage, ArrayLike], fingerprint: str) -> int:
+        """Keep memories of stored passages: :meth:`vist_rag.retrieval.store.PassageStore.put_memories`."""
+        return self._store.put_memories(memories, fingerprint)
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    def search(self, query: str, top_k: int) -> list[SearchHit]:
+        """The passages whose meaning is nearest to the query, best first.
+
+        Args:
+            query: A question, up to 20,000 characters.
+            top_k: How many, up to the size of the index. An approximate factory may find fewer.
+        Raises:
+            InputError: If the query is empty or too long, or the index is empty.
+            ConfigError: If ``top_k`` is out of range.
+            ShapeError: If the embedder gives vectors of another length than those stored.
+        """
+        return self.search_batch([query], top_k)[0]
+
+    def search_batch(self, queries: Sequence[str], top_k: int) -> list[list[SearchHit]]:
+        """As :meth:`search` for several queries at once: one pass of the embedder, one of FAISS."""
+        for query in queries:
+            _check_query(query)
+        with self._fresh_cache(top_k):  # a wrong top_k is told before a model is loaded
+            if not queries:
+                return []
+        vectors = self._embed(queries, query=True)
+        with self._fresh_cache(top_k) as cache:
+            self._check_dimension(vectors)
+            scores, rows = cache.search(vectors, top_k)
+            passages = self._store.get_rows({int(row) for row in rows.flat if row >= 0})
+        return [
+            [
+                SearchHit(passages[int(row)], float(score), rank)
+                for rank, (row, score) in enumerate(zip(rows[i], scores[i], strict=True))
+                if row >= 0
+            ]
+            for i in range(len(queries))
+        ]
+
+    @contextmanager
+    def _fresh_cache(self, top_k: int) -> Iterator[FaissCache]:
+        """The cache as of the present state of the store, which stands still within."""
+        with self._lock, self._store.snapshot():
+            self._cache.refresh(self._store)
+            _check_top_k(top_k, len(self._cache))
+            yield self._cache
+
+    def memories(self, ids: Iterable[str], fingerprint: str) -> dict[str, NDArray[np.float16]]:
+        """Stored memories by passage id, float16 ``[n, d]``; those not stored under this fingerprint are absent."""
+        return self._store.memories(ids, fingerprint)
+
+    def fingerprints(self) -> dict[str, int]:
+        """The compressor fingerprints that memories are stored under, each with their number."""
+        return self._store.fingerprints()
+
+    def get(self, ids: Iterable[str]) -> dict[str, Passage]:
+        """Passages by id, in the order asked; unknown ids are absent."""
+        return self._store.get(ids)
+
+    def passages(self, *, lacking: str | None = None) -> Iterator[Passage]:
+        """All passages in the order they were added; with ``lacking``, those without a memory of that fingerprint."""
+        return self._store.passages(lacking=lacking)
+
+
+def _made_or_found(directory: Path) -> bool:
+    """Make the directory, or find it; True where it cannot be written but holds an index to be read."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{directory} cannot be made: {error.strerror}; give a writable directory.") from error
+    if os.access(directory, os.W_OK):
+        return False
+    if not (directory / "passages.sqlite").exists():
+        raise StoreError(f"{directory} cannot be written and holds no index; give a writable directory.")
+    return True
+
+
+def _matching(embedder: Embedder | None, made_with: str | None, directory: Path) -> Embedder:
+    if embedder is None:
+        if made_with is not None and not _HUB_ID.fullmatch(made_with):
+            raise StoreError(
+                f"The index in {directory} was made with the embedder {made_with!r}, which is not a hub model; "
+                "pass it as embedder=."
+            )
+        return SentenceTransformerEmbedder(made_with or DEFAULT_MODEL)
+    if made_with not in (None, embedder.name):
+        raise StoreError(
+            f"The index in {directory} was made with the embedder {made_with!r}, got {embedder.name!r}; open it with "
+            "the former, or index into another directory."
+        )
+    return embedder
+
+
+def _paired(
+    passages: Iterable[Passage], memories: Iterable[ArrayLike | None] | None
+) -> Iterator[tuple[Passage, ArrayLike | None]]:
+    if memories is None:
+        yield from ((passage, None) for passage in passages)
+        return
+    for passage, memory in zip_longest(passages, memories, fillvalue=_MISSING):
+        if passage is _MISSING or memory is _MISSING:
+            raise InputError("There are more passages than memories, or fewer; give one memory (or None) for each.")
+        yield passage, memory
+
+
+def _length(passages: Iterable[Passage]) -> int | None:
+    return len(passages) if isinstance(passages, Sequence) else None
+
+
+def _check_query(query: str) -> None:
+    if not query.strip():
+        raise InputError("The question is empty; ask something.")
+    if len(query) > MAX_QUESTION_CHARS:
+        raise InputError(
+            f"A question may have up to {MAX_QUESTION_CHARS:,} characters, got {len(query):,}; shorten it, or index "
+            "the text and ask about that."
+        )
+
+
+def _check_top_k(top_k: int, size: int) -> None:
+    if not size:
+        raise InputError("The index is empty; add passages first.")
+    if not 1 <= top_k <= size:
+        raise ConfigError(
+            f"top_k must be in 1..{size} (passages in this index), got {top_k}; lower top_k or add passages."
+        )

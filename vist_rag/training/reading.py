@@ -1,0 +1,193 @@
+"""Teach a resampler, a projector and a generator to read memory: write the text back, look something up, answer."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.rnn import pad_sequence
+
+from vist_rag.compression import VistCompressor
+from vist_rag.compression.memory import merge_neighbours
+from vist_rag.generation import PromptTemplate, VistGenerator
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.training.data import Question, titled
+from vist_rag.types import Passage
+
+Task = Literal["reconstruct", "continue", "answer"]
+RECONSTRUCT = "What does the document say?"
+CONTINUE = "What comes after: {cue}?"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: what is shown (as memory or raw), what is asked, what is to be written."""
+
+    passages: tuple[Passage, ...]
+    question: str
+    target: str
+    raw: bool
+
+
+def reconstruct_example(passage: Passage, rng: random.Random, *, words: tuple[int, int], raw: bool = False) -> Example:
+    """Show a stretch of the passage; the whole of it is to be written back."""
+    text = window(titled(passage.title, passage.text), rng.randint(*words), rng)
+    return Example((Passage(text),), RECONSTRUCT, text, raw)
+
+
+def continue_example(passage: Passage, rng: random.Random, *, words: tuple[int, int], raw: bool = False) -> Example:
+    """Show a passage and a few words of it; the words after them are to be written."""
+    text = window(passage.text, rng.randint(*words), rng)
+    spelt = text.split()
+    cue, length = rng.randint(2, 5), rng.randint(2, 10)
+    at = rng.randint(0, max(0, len(spelt) - cue - length))
+    question = CONTINUE.format(cue=" ".join(spelt[at : at + cue]))
+    target = " ".join(spelt[at + cue : at + cue + length]) or spelt[-1]
+    return Example((Passage(text, title=passage.title),), question, target, raw)
+
+
+def answer_example(
+    row: Question, rng: random.Random, *, words: tuple[int, int], others: Sequence[Passage] = (), raw: bool = False
+) -> Example:
+    """Show the passage of a question, among others where given; the answer is to be written."""
+    lowered = row.context.lower()
+    answer = next((a for a in row.answers if a.lower() in lowered), row.answers[0])
+    text = window(row.context, rng.randint(*words), rng, keep=answer)
+    shown = [Passage(text, title=row.title), *others]
+    rng.shuffle(shown)
+    return Example(tuple(shown), row.question, answer, raw)
+
+
+def window(text: str, words: int, rng: random.Random, *, keep: str = "") -> str:
+    """About ``words`` consecutive words of the text, whole sentences where they fit, that hold ``keep``."""
+    spans = [m.span() for m in re.finditer(r"\S+", text)]
+    if len(spans) <= words:
+        return text
+    at = text.lower().find(keep.lower()) if keep else -1
+    if at >= 0:
+        first = max(i for i, (start, _) in enumerate(spans) if start <= at)
+        last = max(i for i, (start, _) in enumerate(spans) if start < at + len(keep))
+        low, high = max(0, last + 1 - words), min(first, len(spans) - words)
+    else:
+        low, high = 0, len(spans) - words
+    starts = [i for i in range(low, max(low, high) + 1) if i == 0 or text[spans[i - 1][1] - 1] in ".!?"]
+    begin = rng.choice(starts) if starts else rng.randint(low, max(low, high))
+    return text[spans[begin][0] : spans[min(len(spans), begin + words) - 1][1]]
+
+
+class MemoryReading(nn.Module):
+    """Compressor, fusion and generator under one loss: the next token of the target.
+
+    Args:
+        compressor: Its tower stays frozen; its resampler learns.
+        generator: Its fusion and its model learn.
+        rates: Shares of a memory's latents to train with, each with its weight, so that every size is practised.
+    """
+
+    def __init__(
+        self, compressor: VistCompressor, generator: VistGenerator, *, rates: dict[float, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.compressor = compressor
+        self.fusion = generator.fusion
+        self.lm = generator.model
+        self._generator = [generator]  # in a list: not a module, so not saved twice
+        self.rates = rates or {1.0: 1.0}
+        self.template = PromptTemplate()
+
+    def batch(self, examples: Sequence[Example], rng: random.Random) -> dict[str, Any]:
+        """Render and tokenize examples; what ``forward`` takes."""
+        generator, template = self._generator[0], self.template
+        contents: list[str] = []
+        segments: list[list[Tensor | int]] = []
+        before, after = generator.frame
+        for example in examples:
+            row: list[Tensor | int] = [generator.ids(before)]
+            for passage in example.passages:
+                if example.raw:
+                    row.append(generator.tokenize(template.raw_text(passage)))
+                else:
+                    row += [generator.tokenize(template.memory), len(contents)]
+                    contents.append(passage.content)
+            row.append(generator.tokenize(template.question.replace("{question}", example.question)))
+            row.append(generator.ids(after))
+            segments.append(row)
+        end = generator.ids([generator.tokenizer.eos_token_id])
+        targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
+        pages = self.compressor.renderer.render(contents)
+        rates = rng.choices(list(self.rates), list(self.rates.values()), k=len(contents))
+        return {
+            "pixel_values": pages.pixel_values,
+            "patch_mask": pages.patch_mask,
+            "text_ids": pages.text_ids,
+            "rates": rates,
+            "segments": segments,
+            "targets": targets,
+        }
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor,
+        text_ids: Tensor,
+        rates: list[float],
+        segments: list[list[Tensor | int]],
+        targets: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """Loss of the targets, and the share of their tokens that come first in the distribution.
+
+        Args:
+            pixel_values: float ``[p, c, size, size]``.
+            patch_mask: bool ``[p, s]``.
+            text_ids: Text of each page, int64 ``[p]``.
+            rates: Share of the latents that each text keeps.
+            segments: Each prompt as token ids and, for a memory, the number of its text.
+            targets: Token ids to be written, a row each.
+        """
+        memories = self._memories(pixel_values, patch_mask, text_ids, rates)
+        device = pixel_values.device
+        # One look-up for all: the gradient of each would be as large as the whole table.
+        texts = [part.to(device) for row in segments for part in row if not isinstance(part, int)]
+        targets = [target.to(device) for target in targets]
+        looked_up = self.lm.get_input_embeddings()(torch.cat((*texts, *targets)))
+        pieces = iter(looked_up.split([len(part) for part in (*texts, *targets)]))
+        prompts = [[memories[part] if isinstance(part, int) else next(pieces) for part in row] for row in segments]
+        rows = [torch.cat((*prompt, next(pieces))) for prompt in prompts]
+        prefixes = [
+            torch.arange(len(row), device=device) < len(row) - len(target)
+            for row, target in zip(rows, targets, strict=True)
+        ]
+        embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+        ones = [torch.ones(len(row), dtype=torch.long, device=embeds.device) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        extra = {}
+        if isinstance(self.lm, PrefixBertForCausalLM):
+            extra["prefix_mask"] = pad_sequence(prefixes, batch_first=True, padding_side="left")
+        labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100).to(embeds.device)
+        # Rows end together, so the targets are the last columns: no logits are computed for the prompt.
+        keep = labels.shape[1] + 1
+        logits = self.lm(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=keep, **extra
+        ).logits[:, :-1]
+        told = labels != -100
+        loss = F.cross_entropy(logits[told].float(), labels[told])
+        return {"loss": loss, "token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
+
+    def _memories(self, pixel_values: Tensor, patch_mask: Tensor, text_ids: Tensor, rates: list[float]) -> list[Tensor]:
+        """Each text's soft prompt, ``[n + 2, d_llm]``."""
+        if not len(pixel_values):
+            return []
+        latents, standing = self.compressor(pixel_values, patch_mask)
+        merged = []
+        for text_id, rate in enumerate(rates):
+            pages = (text_ids == text_id).nonzero().flatten().tolist()
+            memory = torch.cat([latents[p][standing[p]] for p in pages])
+            size = max(1, round(rate * len(memory)))
+            merged.append(merge_neighbours(memory, size) if size < len(memory) else memory)
+        return [self.fusion.project(memory) for memory in merged]

@@ -1,0 +1,116 @@
+"""One training stage on Hugging Face Trainer: checkpoints, exact resume, logs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+
+class _Batches(Dataset[dict[str, Any]]):
+    """Step -> batch, built when it is asked for."""
+
+    def __init__(self, indices: Dataset[list[int]], build: Callable[[list[int], int], dict[str, Any]]) -> None:
+        self.indices, self.build = indices, build
+
+    def __len__(self) -> int:
+        return len(self.indices)  # type: ignore[arg-type]
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return self.build(self.indices[step], step)
+
+
+class _StageTrainer(Trainer):  # type: ignore[misc]
+    """Logs what the model returns beside its loss, and reads batches in their order."""
+
+    def __init__(self, *args: Any, log_path: Path, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._figures: dict[str, list[float]] = defaultdict(list)
+        self._log_path = log_path
+
+    def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        outputs = model(**inputs)
+        for name, value in outputs.items():
+            if name != "loss":
+                self._figures[name].append(float(value))
+        return outputs["loss"]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: round(sum(values) / len(values), 4) for name, values in self._figures.items() if values}
+            self._figures.clear()
+            with self._log_path.open("a") as file:
+                file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
+        super().log(logs, *args, **kwargs)
+
+
+def train_stage(
+    model: nn.Module,
+    indices: Dataset[list[int]],
+    build: Callable[[list[int], int], dict[str, Any]],
+    directory: Path,
+    *,
+    learning_rate: float,
+    warmup: float = 0.04,
+    weight_decay: float = 0.01,
+    save_every: int = 100,
+    seed: int = 0,
+    schedule: str = "cosine",
+) -> None:
+    """Train ``model`` on every batch once, in order; continue from the last checkpoint in ``directory`` where there is one.
+
+    Args:
+        model: Its ``forward(**batch)`` returns ``{"loss": ..., figure: ...}``; figures are averaged into ``log.jsonl``.
+        indices: Step -> indices of that step's items.
+        build: (indices, step) -> batch.
+        directory: Checkpoints and the log.
+        learning_rate: Peak, AdamW.
+        warmup: Share of the steps.
+        weight_decay: AdamW's.
+        save_every: Steps between checkpoints.
+        seed: Of everything random.
+        schedule: A Hugging Face scheduler name.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    steps = len(indices)  # type: ignore[arg-type]
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=int(steps * warmup),
+        weight_decay=weight_decay,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=min(10, steps),
+        save_steps=save_every,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=None,
+    )
+    trainer = _StageTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Batches(indices, build),
+        data_collator=lambda batches: batches[0],
+        log_path=directory / "log.jsonl",
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)))
+    trainer.save_model(str(directory / "final"))
