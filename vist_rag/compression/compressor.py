@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from vist_rag.compression.memory import VisualMemory
 from vist_rag.compression.resampler import PerceiverResampler
 from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.config import RendererConfig, ResamplerConfig
-from vist_rag.errors import ConfigError, InputError
+from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.rendering import GlyphAtlas, Pages, Renderer
+
+_NO_SETTING = frozenset({"architectures", "dtype", "transformers_version"})
+"""Fields of a tower's config that change no feature."""
 
 
 class VistConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -77,6 +81,7 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         self.register_buffer("atlas_glyph_ids", torch.zeros(sizes["codepoints"], dtype=torch.int32))
         self._renderer: Renderer | None = None
         self._fingerprint: str | None = None
+        self.register_load_state_dict_post_hook(_forget)
         self.tower.requires_grad_(False)
         self.post_init()
 
@@ -89,7 +94,7 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
     @classmethod
     def build(
         cls,
-        tower: str | dict[str, Any] | PreTrainedConfig | PreTrainedModel,
+        tower: str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel,
         atlas: GlyphAtlas,
         *,
         renderer: RendererConfig | None = None,
@@ -102,14 +107,12 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
             atlas: The glyphs to render with.
             renderer: Sizes of a page; None takes them from the tower.
             resampler: Sizes of the memory.
+        Raises:
+            CheckpointError: If the tower's weights cannot be loaded.
+            ConfigError: If the tower has no patches, or its sizes are not the renderer's.
         """
-        model = None
-        if isinstance(tower, str):
-            model = AutoModel.from_pretrained(tower)
-            model = getattr(model, "vision_model", model)
-        elif isinstance(tower, PreTrainedModel):
-            model = tower
-        vision = tower_config(model.config if model is not None else tower)
+        model = _pretrained_tower(tower)
+        vision = tower_config(model.config if model is not None else tower)  # type: ignore[arg-type]
         renderer = renderer or RendererConfig(
             tower_size_px=int(vision.image_size), patch_size_px=int(vision.patch_size), channels=int(vision.num_channels)
         )
@@ -126,7 +129,9 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         )
         compressor = cls(config)
         if model is not None:
-            compressor.tower.model.load_state_dict(model.state_dict(), strict=False)
+            missing = compressor.tower.model.load_state_dict(model.state_dict(), strict=False).missing_keys
+            if missing:  # what is left over (a pooler, a head) is not read
+                raise CheckpointError(f"tower must bring all its weights, got none for {', '.join(missing[:3])}.")
         compressor.atlas_ink.copy_(atlas.ink)
         for name in ("advances", "codepoints", "glyph_ids"):
             getattr(compressor, f"atlas_{name}").copy_(torch.from_numpy(getattr(atlas, name)))
@@ -146,13 +151,16 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over renderer settings, glyph atlas, tower and resampler weights, in hexadecimal.
+        """sha256 over all settings, the glyph atlas, tower and resampler weights, in hexadecimal.
 
-        Weights count as their bf16 values, so that the same checkpoint has one fingerprint in every dtype. A model
+        Weights count as their bf16 values, so that the same checkpoint has one fingerprint in float32 and bf16. A model
         in training mode is hashed anew each time.
         """
         if self._fingerprint is None or self.training:
-            sha = hashlib.sha256(json.dumps([self.config.renderer, self.config.resampler], sort_keys=True).encode())
+            config = self.config
+            tower = {k: v for k, v in config.tower.items() if k not in _NO_SETTING and not k.startswith("_")}
+            settings = [config.renderer, config.resampler, config.atlas, tower]
+            sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
             for name, tensor in sorted(self.state_dict().items()):
                 tensor = tensor.to(torch.bfloat16).view(torch.int16) if tensor.is_floating_point() else tensor
                 sha.update(name.encode())
@@ -162,9 +170,10 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> VistCompressor:
         """Training mode for the resampler alone: the tower stays frozen, dropout included."""
+        if mode or self.training:  # weights change in training mode only, and a hash of them costs time
+            self._fingerprint = None
         super().train(mode)
         self.tower.eval()
-        self._fingerprint = None
         return self
 
     def features(self, pixel_values: Tensor, patch_mask: Tensor) -> Tensor:
@@ -188,10 +197,9 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         return self.resampler(features, patch_mask[:, : features.shape[1]])
 
     def count_latents(self, text: str) -> int:
-        """How many latents ``encode`` will make of a text: known from its layout alone, before any pixel is drawn."""
-        size, window = self.renderer_config.patch_size_px, self.resampler.window
-        widths = self.renderer.widths(text)
-        return sum(max(1, -(-(-(-int(w) // size)) // window)) for w in widths)
+        """How many latents ``encode`` will make of a text: known from its layout alone, without the tower."""
+        used = self.renderer.render([text]).patch_mask.sum(1)
+        return sum(max(1, -(-int(n) // self.resampler.window)) for n in used)
 
     def _tower_trains(self) -> bool:
         return any(p.requires_grad for p in self.tower.parameters())
@@ -219,15 +227,17 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         # Neighbours in length share a batch, so that little is computed on blank patches.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if isinstance(texts[i], str) else 0)
         latents: list[list[Tensor]] = [[] for _ in texts]
-        with tqdm(total=len(texts), desc="compressing", unit=" passages", disable=not progress) as bar:
-            for begin in range(0, len(order), batch_size):
-                some = order[begin : begin + batch_size]
-                pages = self.renderer.render([texts[i] for i in some])
-                for text_id, page in self._page_latents(pages, batch_size):
-                    latents[some[text_id]].append(page)
-                bar.update(len(some))
-        fingerprint = self.fingerprint
-        self.train(was_training)
+        try:
+            with tqdm(total=len(texts), desc="compressing", unit=" passages", disable=not progress) as bar:
+                for begin in range(0, len(order), batch_size):
+                    some = order[begin : begin + batch_size]
+                    pages = self.renderer.render([texts[i] for i in some])
+                    for text_id, page in self._page_latents(pages, batch_size):
+                        latents[some[text_id]].append(page)
+                    bar.update(len(some))
+            fingerprint = self.fingerprint
+        finally:
+            self.train(was_training)
         return [VisualMemory(torch.cat(parts), fingerprint) for parts in latents]
 
     def _page_latents(self, pages: Pages, batch_size: int) -> Iterator[tuple[int, Tensor]]:
@@ -236,6 +246,21 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
             latents, standing = self(pages.pixel_values[part], pages.patch_mask[part])
             for text_id, page, mask in zip(pages.text_ids[part].tolist(), latents, standing, strict=True):
                 yield text_id, page[: max(1, int(mask.sum()))].float().cpu()
+
+
+def _forget(compressor: VistCompressor, _: Any) -> None:
+    """Other weights were loaded: what was derived from the old ones is void."""
+    compressor._renderer = compressor._fingerprint = None
+
+
+def _pretrained_tower(tower: Any) -> PreTrainedModel | None:
+    """The vision model of a hub id, a path or a loaded model; None for a config, which has no weights."""
+    if isinstance(tower, (str, Path)):
+        try:
+            tower = AutoModel.from_pretrained(str(tower))
+        except Exception as error:  # missing, torn, or no model at all: each raises a class of its own
+            raise CheckpointError(f"tower {tower} cannot be loaded ({error}); check the name or restore it.") from error
+    return getattr(tower, "vision_model", tower) if isinstance(tower, PreTrainedModel) else None
 
 
 def _check_sizes(vision: PreTrainedConfig, renderer: RendererConfig) -> None:

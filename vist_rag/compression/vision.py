@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from vist_rag.errors import ConfigError
 
 
-def tower_config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+def tower_config(source: str | Path | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
     """The vision config of a hub id, a local path, a dict with ``model_type``, or a config.
 
     Raises:
@@ -22,7 +23,10 @@ def tower_config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedC
         kind = fields.pop("model_type", None)
         if kind is None:
             raise ConfigError("tower must name its model_type, such as 'vit' or 'clip_vision_model'; got none.")
-        config = AutoConfig.for_model(kind, **fields)
+        try:
+            config = AutoConfig.for_model(kind, **fields)
+        except ValueError as error:
+            raise ConfigError(f"tower must be of a model_type that transformers knows, got {kind!r}.") from error
     elif isinstance(source, PreTrainedConfig):
         config = source
     else:
@@ -47,7 +51,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.model = model
         core = getattr(model, "vision_model", model)
-        if not hasattr(core, "embeddings") or not (hasattr(core, "layers") or hasattr(core, "encoder")):
+        if not hasattr(core, "embeddings") or _layers(core) is None:
             raise ConfigError(
                 f"tower must have embeddings and layers, as ViT, CLIP and SigLIP do; got {type(model).__name__}."
             )
@@ -55,7 +59,7 @@ class VisionTower(nn.Module):
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> VisionTower:
         """A tower with fresh weights."""
-        extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit", "dinov2") else {}
+        extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
         return cls(AutoModel.from_config(config, **extra))
 
     @property
@@ -70,24 +74,30 @@ class VisionTower(nn.Module):
             pixel_values: float ``[p, c, size, size]``.
             mask: True where a patch holds text, bool ``[p, s]``; text comes first, and every page has some.
         Returns:
-            Hidden states from the patch embedding (first) to the last layer after the final norm, each float
-            ``[p, s', d_v]``; ``s'`` is the longest text of the batch in patches, special tokens removed.
+            Hidden states from the patch embedding (first) to the last layer, each float ``[p, s', d_v]``; ``s'`` is the
+            longest text of the batch in patches, special tokens removed. The last one is the model's own
+            ``last_hidden_state``: after the final norm, but for CLIP, which norms its pooled token only.
         """
         core = getattr(self.model, "vision_model", self.model)
         longest = max(1, int(mask.sum(1).max()))
         states = core.embeddings(pixel_values.to(self.model.dtype))
         special = states.shape[1] - mask.shape[1]
         states = states[:, : special + longest]
-        if hasattr(core, "pre_layrnorm"):  # CLIP; the name is spelt so there
+        is_clip = hasattr(core, "pre_layrnorm")  # the name is spelt so there
+        if is_clip:
             states = core.pre_layrnorm(states)
         attended = torch.cat((mask.new_ones(len(mask), special), mask[:, :longest]), dim=1)
         bias = torch.zeros_like(attended, dtype=states.dtype).masked_fill(~attended, torch.finfo(states.dtype).min)
         bias = bias[:, None, None, :].expand(-1, 1, states.shape[1], -1)
         hidden = [states]
-        for layer in core.encoder.layers if hasattr(core, "encoder") else core.layers:
+        for layer in _layers(core) or ():
             output = layer(hidden[-1], bias)
             hidden.append(output[0] if isinstance(output, tuple) else output)
         final_norm = getattr(core, "layernorm", None) or getattr(core, "post_layernorm", None)
-        if final_norm is not None:
+        if final_norm is not None and not is_clip:
             hidden[-1] = final_norm(hidden[-1])
         return [h[:, special:] for h in hidden]
+
+
+def _layers(core: nn.Module) -> nn.ModuleList | None:
+    return getattr(core, "layers", None) or getattr(getattr(core, "encoder", None), "layers", None)

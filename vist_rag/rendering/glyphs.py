@@ -1,12 +1,13 @@
-"""Font -> glyph atlas: every glyph as a small picture, stored once, so that rendering needs no font and is
-bit-identical on every machine."""
+"""Font -> glyph atlas: pictures, stored once, so that rendering needs no font and is bit-identical on every machine."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,9 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vist_rag.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
-
-BOX = 0
-"""Glyph id of the box that stands for whatever the font does not cover."""
+from vist_rag.rendering.typeface import BOX, Glyphs, Pictures, best_baseline, box_picture
 
 DEFAULT_RANGES: tuple[tuple[int, int], ...] = (
     (0x0020, 0x007F),  # Basic Latin
@@ -35,7 +34,7 @@ DEFAULT_RANGES: tuple[tuple[int, int], ...] = (
 
 @dataclass(frozen=True)
 class GlyphAtlas:
-    """Pictures of glyphs, with what is needed to set them side by side.
+    """Pictures of glyphs, with what is needed to set them side by side: one glyph a code point, from left to right.
 
     Attributes:
         ink: How dark each pixel is, uint8 ``[g, h, w]``; glyph ``BOX`` is drawn for what no glyph covers.
@@ -45,6 +44,8 @@ class GlyphAtlas:
         origin: Column of ``ink`` that stands at the glyph's origin; columns before it reach back over the left
             neighbour.
     """
+
+    reads_joiners: ClassVar[bool] = False
 
     ink: Tensor
     advances: np.ndarray
@@ -60,11 +61,28 @@ class GlyphAtlas:
             sha.update(np.ascontiguousarray(array).tobytes())
         return sha.hexdigest()
 
+    @cached_property
+    def pictures(self) -> Pictures:
+        """The glyphs' pictures; see ``Typeface.pictures``."""
+        return Pictures.of(self.ink, self.origin)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """Glyph of every code point up to the last covered one, and ``BOX`` for those behind it."""
+        table = np.full(int(self.codepoints[-1]) + 2, BOX, np.int32)
+        table[self.codepoints] = self.glyph_ids
+        return table
+
     def lookup(self, codepoints: np.ndarray) -> np.ndarray:
         """Glyph ids of code points, int32 of the same shape; ``BOX`` where there is none."""
-        places = np.searchsorted(self.codepoints, codepoints).clip(max=len(self.codepoints) - 1)
-        found = self.codepoints[places] == codepoints
-        return np.where(found, self.glyph_ids[places], BOX).astype(np.int32)
+        ids: np.ndarray = self._table[np.minimum(codepoints, len(self._table) - 1)]
+        return ids
+
+    def shape(self, codepoints: np.ndarray, bounds: np.ndarray) -> Glyphs:
+        """One glyph for each code point; see ``Typeface.shape``."""
+        ids, places = self.lookup(codepoints), np.arange(len(codepoints))
+        nothing = np.zeros(len(ids), np.int32)
+        return Glyphs(ids, self.advances[ids], nothing, places, places + 1, nothing.astype(np.uint8))
 
     def save(self, path: str | Path) -> None:
         """Write the atlas as one safetensors file."""
@@ -138,14 +156,16 @@ class GlyphAtlas:
         if not drawn:
             raise ConfigError(f"ranges must hold a code point that a font covers, got none in {paths}.")
 
-        ascent = faces[0][0].getmetrics()[0]
-        baseline = min(height_px - 3, ascent)
-        origin = size_px
-        boxes = [face.getbbox(chr(c), anchor="ls") for c, face in drawn]
-        width = origin + max(int(np.ceil(box[2])) for box in boxes) + 1
+        bounds = np.array([face.getbbox(chr(c), anchor="ls") for c, face in drawn])  # left, top, right, bottom
+        extents = np.concatenate((np.floor(bounds[:, :2]), np.ceil(bounds[:, 2:])), axis=1).astype(int)
+        baseline = best_baseline(-extents[:, 1], extents[:, 3], height_px)
+        origin = max(size_px, -int(extents[:, 0].min()))
+        width = origin + max(int(extents[:, 2].max()), size_px) + 1
         ink = np.zeros((len(drawn) + 1, height_px, width), np.uint8)
         advances = np.zeros(len(drawn) + 1, np.int32)
-        ink[BOX], advances[BOX] = _box(size_px, height_px, width, origin, baseline)
+        box, advances[BOX] = box_picture(size_px)
+        top = max(0, baseline - len(box))
+        ink[BOX, top : top + len(box), origin + 1 : origin + 1 + box.shape[1]] = box
         for glyph, (c, face) in enumerate(drawn, start=1):
             picture = Image.new("L", (width, height_px), 0)
             ImageDraw.Draw(picture).text((origin, baseline), chr(c), fill=255, font=face, anchor="ls")
@@ -153,13 +173,3 @@ class GlyphAtlas:
             advances[glyph] = round(face.getlength(chr(c)))
         codepoints = np.array([c for c, _ in drawn], np.int32)
         return cls(torch.from_numpy(ink), advances, codepoints, np.arange(1, len(drawn) + 1, dtype=np.int32), origin)
-
-
-def _box(size_px: int, height_px: int, width: int, origin: int, baseline: int) -> tuple[np.ndarray, int]:
-    """An empty rectangle of about a capital letter's size, and its advance."""
-    side = max(4, round(size_px * 0.6))
-    picture = np.zeros((height_px, width), np.uint8)
-    top, left = baseline - round(size_px * 0.7), origin + 1
-    picture[top:baseline, left : left + side] = 255
-    picture[top + 1 : baseline - 1, left + 1 : left + side - 1] = 0
-    return picture, side + 2

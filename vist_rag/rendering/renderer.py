@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,56 +10,41 @@ from torch import Tensor
 
 from vist_rag.config import RendererConfig
 from vist_rag.errors import ConfigError, InputError
-from vist_rag.rendering.glyphs import GlyphAtlas
-from vist_rag.rendering.layout import Line, set_line
-from vist_rag.rendering.raster import rasterize
+from vist_rag.rendering.layout import Lines, patch_spans, set_lines
+from vist_rag.rendering.pages import Pages
+from vist_rag.rendering.raster import Sheet
+from vist_rag.rendering.typeface import Pictures, Typeface
 
+__all__ = ["Pages", "Renderer"]
 
-@dataclass(frozen=True)
-class Pages:
-    """Rendered texts; a long text takes several pages, next to each other and in order.
-
-    Attributes:
-        pixel_values: What the vision tower reads, float ``[p, c, size, size]``.
-        patch_mask: True where a patch stands before the end of the text, bool ``[p, s]``.
-        char_spans: Characters of the original text that each patch shows, int64 ``[p, s, 2]``, start and end;
-            empty (start = end) where it shows none.
-        text_ids: Which of the rendered texts a page belongs to, int64 ``[p]``.
-        coverage: Share of each text's glyphs that the atlas has, float ``[t]``; the rest are boxes.
-    """
-
-    pixel_values: Tensor
-    patch_mask: Tensor
-    char_spans: Tensor
-    text_ids: Tensor
-    coverage: Tensor
-
-    def __len__(self) -> int:
-        return len(self.pixel_values)
+_CHUNK = 8
+"""Pages drawn at a time on the CPU: what is in between stays in its caches."""
 
 
 class Renderer:
-    """Renders text to pages with a glyph atlas, on any device.
+    """Renders text to pages with a typeface, on any device.
 
     Args:
-        atlas: The glyphs.
+        atlas: The glyphs: a `GlyphAtlas`, or a `ShapedFont` for scripts whose letters depend on their neighbours.
         config: Sizes and normalisation.
         device: Where pixels are made; None means where the atlas is.
     """
 
-    def __init__(self, atlas: GlyphAtlas, config: RendererConfig | None = None, *, device: str | None = None) -> None:
+    def __init__(self, atlas: Typeface, config: RendererConfig | None = None, *, device: str | None = None) -> None:
         self.config = config or RendererConfig()
-        if atlas.ink.shape[1] != self.config.patch_size_px:
+        ink = atlas.pictures.ink
+        if ink.shape[1] != self.config.patch_size_px:
             raise ConfigError(
-                f"the atlas must be {self.config.patch_size_px} px high (patch_size_px), got {atlas.ink.shape[1]}; "
+                f"the atlas must be {self.config.patch_size_px} px high (patch_size_px), got {ink.shape[1]}; "
                 "build it with the same height_px."
             )
         self.atlas = atlas
-        self._ink = atlas.ink.to(device) if device else atlas.ink
+        self._device = torch.device(device) if device else ink.device
+        self._sheet: tuple[Pictures, torch.device, Sheet] | None = None
 
     def to(self, device: str | torch.device) -> Renderer:
         """Make pixels on ``device`` from now on."""
-        self._ink = self._ink.to(device)
+        self._device = torch.device(device)
         return self
 
     def render(self, texts: Sequence[str]) -> Pages:
@@ -69,72 +53,64 @@ class Renderer:
         Raises:
             InputError: If an item is not a string.
         """
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of strings, got one string; wrap it: render([text]).")
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise InputError(f"texts must be strings, got {type(text).__name__} at {i}; decode bytes first.")
-        lines = [set_line(text, self.atlas, self.config.page_width_px) for text in texts]
-        strips = self._strips(lines)
-        widths = torch.from_numpy(np.concatenate([line.widths for line in lines] or [np.zeros(0, np.int32)]))
-        used = -(-widths // self.config.patch_size_px)  # patches that hold text, rounded up
-        mask = torch.arange(self.config.page_patches) < used[:, None]
-        mask = mask.to(self._ink.device)
+        lines = set_lines(texts, self.atlas, self.config.page_width_px)
+        size, s = self.config.patch_size_px, self.config.page_patches
+        used = torch.from_numpy(-(-lines.widths // size)).to(self._device)  # patches that hold text, rounded up
+        mask = torch.arange(s, device=self._device) < used[:, None]
         return Pages(
-            pixel_values=self._pixels(strips, mask),
+            pixel_values=self._pixels(lines, mask),
             patch_mask=mask,
-            char_spans=self._spans(lines, len(widths)),
-            text_ids=torch.tensor([i for i, line in enumerate(lines) for _ in line.widths], dtype=torch.long),
-            coverage=torch.tensor([1 - line.uncovered / max(1, len(line.glyphs)) for line in lines]),
+            char_spans=torch.from_numpy(patch_spans(lines, size, s)),
+            text_ids=torch.from_numpy(lines.text_ids),
+            coverage=torch.from_numpy(lines.coverage),
         )
 
-    def _strips(self, lines: Sequence[Line]) -> Tensor:
-        """Ink of every page, uint8 ``[p, h, width]``."""
-        counts = [int(n) for line in lines for n in np.bincount(line.page, minlength=len(line.widths))]
-        most = max(counts, default=0)
-        glyphs = np.zeros((len(counts), most), np.int32)
-        x = np.full((len(counts), most), self.config.page_width_px, np.int32)
-        filled = np.arange(most) < np.array(counts, np.int64).reshape(-1, 1)
-        if most:
-            glyphs[filled] = np.concatenate([line.glyphs for line in lines])
-            x[filled] = np.concatenate([line.x for line in lines])
-        device = self._ink.device
-        return rasterize(
-            self._ink,
-            self.atlas.origin,
-            torch.from_numpy(glyphs).to(device),
-            torch.from_numpy(x).to(device),
-            torch.tensor(counts, dtype=torch.int32, device=device),
-            self.config.page_width_px,
-        )
+    def _current_sheet(self) -> Sheet:
+        """The atlas on the device; laid out again when the typeface has drawn new glyphs."""
+        pictures = self.atlas.pictures
+        if self._sheet is None or self._sheet[0] is not pictures or self._sheet[1] != self._device:
+            self._sheet = pictures, self._device, Sheet.of(pictures, self._device)
+        return self._sheet[2]
 
-    def _pixels(self, strips: Tensor, mask: Tensor) -> Tensor:
-        """Fold strips into squares; black on white; normalise; float ``[p, c, size, size]``."""
-        config, p = self.config, len(strips)
-        pixels = 1 - strips.float() / 255  # [p, h, width]
-        if config.normalize == "per_image" and p:
-            inside = mask.repeat_interleave(config.patch_size_px, dim=1)[:, None]  # [p, 1, width]
-            n = (inside.sum((1, 2), keepdim=True) * config.patch_size_px).clamp(min=1)
-            mean = (pixels * inside).sum((1, 2), keepdim=True) / n
-            variance = ((pixels - mean).square() * inside).sum((1, 2), keepdim=True) / n
-            pixels = (pixels - mean) * inside / (variance + 1e-5).sqrt()  # blank patches become the mean, 0
-        rows = config.tower_size_px // config.patch_size_px
-        folded = pixels.view(p, config.patch_size_px, rows, config.tower_size_px).transpose(1, 2)
-        square = folded.reshape(p, 1, config.tower_size_px, config.tower_size_px)
+    def _pixels(self, lines: Lines, mask: Tensor) -> Tensor:
+        """Black on white; draws, normalises and folds a few pages at a time; float ``[p, c, size, size]``."""
+        config, sheet, p = self.config, self._current_sheet(), len(lines.widths)
+        side, size = config.tower_size_px, config.patch_size_px
+        blank = 0.0 if config.normalize == "per_image" else 1.0
+        square = torch.empty((p, 1, side, side), device=self._device)
+        arrays = (lines.glyphs, lines.x, lines.advances, lines.offsets, lines.pages)
+        boxes = torch.from_numpy(np.stack(arrays, dtype=np.int32)).to(self._device)  # [5, g], one transfer
+        chunk = _CHUNK if self._device.type == "cpu" else 32 * _CHUNK
+        for begin in range(0, p, chunk):
+            end = min(begin + chunk, p)
+            rows = -(-int(lines.widths[begin:end].max(initial=0)) // side)  # rows of the square that hold text
+            square[begin:end, 0, rows * size :] = blank
+            if rows == 0:
+                continue
+            first, last = np.searchsorted(lines.pages, (begin, end)).tolist()
+            glyphs, x, advances, offsets, pages = boxes[:, first:last]
+            strips = sheet.draw(glyphs, x, advances, offsets, pages - begin, (end - begin, rows * side))
+            patches = strips.view(end - begin, -1, size * size).float()  # [p, rows * side / size, size * size]
+            self._normalize(patches, mask[begin:end, : patches.shape[1]])
+            folded = patches.view(end - begin, rows, side, size).transpose(2, 3)
+            square[begin:end, 0, : rows * size].view(end - begin, rows, size, side).copy_(folded)
         return square.expand(-1, config.channels, -1, -1)
 
-    def _spans(self, lines: Sequence[Line], pages: int) -> Tensor:
-        """Characters that each patch shows: a glyph belongs to every patch that its box touches."""
-        size, s = self.config.patch_size_px, self.config.page_patches
-        start = np.full((pages, s), np.iinfo(np.int64).max)
-        end = np.zeros((pages, s), np.int64)
-        base = 0
-        for line in lines:
-            rows = line.page + base
-            first = (line.x // size).clip(max=s - 1)
-            last = ((line.x + np.maximum(self.atlas.advances[line.glyphs], 1) - 1) // size).clip(max=s - 1)
-            for patch in range(int((last - first).max(initial=0)) + 1):
-                at = np.minimum(first + patch, last)
-                np.minimum.at(start, (rows, at), line.chars)
-                np.maximum.at(end, (rows, at), line.char_ends)
-            base += len(line.widths)
-        start = np.minimum(start, end)
-        return torch.from_numpy(np.stack((start, end), axis=-1))
+    def _normalize(self, ink: Tensor, mask: Tensor) -> None:
+        """Turn ink (0..255) into pixel values, in place; blank patches become the mean, 0, under ``per_image``."""
+        if self.config.normalize == "none":
+            ink.div_(255).neg_().add_(1)
+            return
+        # Sums over a patch are whole numbers below 2 ** 24 (up to 16 px), so every order of adding gives the same bits.
+        count = mask.sum(1).double() * ink.shape[2]
+        total = (ink.sum(2) * mask).double().sum(1)
+        squares = (ink.square().sum(2) * mask).double().sum(1)
+        mean = total / count.clamp(min=1)
+        variance = squares / count.clamp(min=1) - mean.square()
+        scale = -1 / (255 * (variance / 255**2 + 1e-5).sqrt())
+        ink.sub_(mean.float()[:, None, None]).mul_((scale.float()[:, None] * mask)[:, :, None])

@@ -20,7 +20,7 @@ from vist_rag.errors import ConfigError, InputError
 from vist_rag.retrieval.documents import Found, Span, find_documents, read_document, read_lines
 from vist_rag.types import Passage
 
-__all__ = ["Found", "count_words", "find_documents", "read_passages", "split_text"]
+__all__ = ["Found", "count_words", "find_documents", "read_passages", "split_sentences", "split_text"]
 
 MIN_WORDS, MAX_WORDS = 8, 10_000
 
@@ -183,7 +183,7 @@ def split_text(text: str, *, words: int = 100, headings: Iterable[Span] = ()) ->
 
 def _units(text: str, words: int, headings: list[Span]) -> Iterator[tuple[int, int, int]]:
     """Sentences, and the pieces of those that are too long, each as ``(start, end, number of words)``."""
-    for start, end in _sentences(text, headings):
+    for start, end in split_sentences(text, headings):
         tokens = [token.span() for token in _WORD.finditer(text, start, end)]
         while len(tokens) > words:
             cut = _best_cut(text, tokens, words)
@@ -205,12 +205,19 @@ def _best_cut(text: str, tokens: list[Span], words: int) -> int:
     return max(range(words // 2, words + 1), key=quality)
 
 
-def _sentences(text: str, headings: list[Span]) -> Iterator[Span]:
+def split_sentences(text: str, headings: Iterable[Span] = ()) -> Iterator[Span]:
+    """``(start, end)`` of each sentence, heading, list item or paragraph without a full stop, in characters.
+
+    Borders: blank lines, headings, list items, and ``. ! ? …`` (and their like in other scripts) before white space
+    that no small letter follows; not after initials and common abbreviations of English.
+    """
     borders = {0, len(text)}.union(*headings)
     borders.update(match.end() for match in _BORDER.finditer(text) if not match["stop"] or _ends_sentence(text, match))
     for start, end in pairwise(sorted(borders)):
-        if not text[start:end].isspace():
-            yield start, end
+        sentence = text[start:end].lstrip()
+        if sentence:
+            first = end - len(sentence)
+            yield first, first + len(sentence.rstrip())
 
 
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:

@@ -21,6 +21,11 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def is_writable(directory: Path) -> bool:
+    """Whether files can be made in a directory."""
+    return os.access(directory, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
 class Database:
     """A SQLite file with a schema version, in WAL mode, shared by the threads of this process.
 
@@ -59,7 +64,7 @@ class Database:
         if self.read_only:
             if not self.path.is_file():
                 raise StoreError(f"{self.path} does not exist; check the directory, or index something into it first.")
-            mode = "ro" if os.access(self.path.parent, os.W_OK) else self._mode_without_shared_memory()
+            mode = "ro" if is_writable(self.path.parent) else self._mode_without_shared_memory()
         uri = f"file:{quote(os.fsencode(self.path.absolute()))}?mode={mode}"
         connection = sqlite3.connect(uri, uri=True, timeout=timeout_s, isolation_level=None, check_same_thread=False)
         connection.text_factory = lambda data: data.decode("utf-8", "surrogatepass")

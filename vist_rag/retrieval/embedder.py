@@ -120,7 +120,7 @@ class SentenceTransformerEmbedder:
     def _model(self) -> SentenceTransformer:
         from sentence_transformers import SentenceTransformer  # seconds to import
 
-        offline = _offline_files() if self.model == DEFAULT_MODEL else None
+        offline = offline_files() if self.model == DEFAULT_MODEL else None
         try:
             # device None: sentence-transformers itself prefers cuda, then mps, then the CPU.
             return SentenceTransformer(
@@ -132,10 +132,11 @@ class SentenceTransformerEmbedder:
                 if self.model == DEFAULT_MODEL
                 else "check its name and the network, or give a local directory"
             )
-            raise CheckpointError(f"The embedder {self.model!r} cannot be loaded: {error}; {remedy}.") from error
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"The embedder {self.model!r} cannot be loaded: {reason}; {remedy}.") from error
 
 
-def _offline_files() -> Path | None:
+def offline_files() -> Path | None:
     """The model directory of the offline package, checked; None where it is not installed."""
     spec = importlib.util.find_spec(_OFFLINE_PACKAGE)  # found, not imported: its files are wanted, its code is not
     if spec is None or not spec.submodule_search_locations:

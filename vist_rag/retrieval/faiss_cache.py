@@ -47,7 +47,7 @@ class FaissCache:
         """Read the file, if it holds the present generation of the store.
 
         Returns:
-            None, or why it was not used: it is missing, torn, outdated, or of another factory.
+            None, or why it was not used: it is missing, torn, outdated, of another store or factory.
         """
         try:
             facts = json.loads(self._sidecar.read_bytes())
@@ -55,7 +55,7 @@ class FaissCache:
             if facts["factory"] != self.factory:
                 return f"is a {facts['factory']!r} index, not {self.factory!r}"
             if kept != store.generation:
-                return "is older than the store"
+                return "is older than the store" if kept.number < store.generation.number else "is of another store"
             with self.path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
                     return "is torn or damaged"

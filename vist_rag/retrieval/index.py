@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import threading
 import warnings
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
 from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
+from vist_rag.retrieval.database import is_writable
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, Embedder, SentenceTransformerEmbedder
 from vist_rag.retrieval.faiss_cache import FaissCache, new_index
 from vist_rag.retrieval.store import Entry, PassageStore
@@ -132,6 +132,11 @@ class PassageIndex:
 
     def __bool__(self) -> bool:
         return True  # an empty index is an index: ``index or default`` must not drop it
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written here."""
+        return self._store.read_only
 
     @property
     def meta(self) -> dict[str, str]:
@@ -292,7 +297,7 @@ def _made_or_found(directory: Path) -> bool:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(f"{directory} cannot be made: {error.strerror}; give a writable directory.") from error
-    if os.access(directory, os.W_OK):
+    if is_writable(directory):
         return False
     if not (directory / "passages.sqlite").exists():
         raise StoreError(f"{directory} cannot be written and holds no index; give a writable directory.")

@@ -82,7 +82,7 @@ class PassageStore:
 
     Args:
         path: The file; made where it is missing.
-        read_only: Never write, not even beside the file; it must exist.
+        read_only: Never write to the file; it must exist.
         timeout_s: How long to wait for another process's write.
     Raises:
         StoreError: If the file is missing (read-only), locked, damaged, not a passage store, of a newer version, or

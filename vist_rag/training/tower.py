@@ -21,6 +21,7 @@ from vist_rag.rendering import Renderer
 
 CHARACTERS = 4
 """Characters named for each patch, from the first one that it shows."""
+WORD_SCALE = 30.0
 _NONE, _OTHER = 95, 96  # after the 95 printable ASCII characters
 
 
@@ -40,8 +41,9 @@ class TowerReading(nn.Module):
         self.character_layer = character_layer
         self.characters = nn.Sequential(nn.LayerNorm(tower.width), nn.Linear(tower.width, CHARACTERS * (_OTHER + 1)))
         self.words = nn.Linear(tower.width, 2 * word_embeddings.shape[1])
-        self.scale = nn.Parameter(torch.tensor(10.0))
-        self.register_buffer("word_embeddings", F.normalize(word_embeddings, dim=-1), persistent=False)
+        # Embeddings of one model share a common direction; without it, and at this scale, the softmax can be sharp.
+        centred = word_embeddings - word_embeddings.mean(0)
+        self.register_buffer("word_embeddings", F.normalize(centred, dim=-1) * WORD_SCALE, persistent=False)
         position_embeddings = getattr(tower.model.embeddings, "position_embeddings", None)
         if isinstance(position_embeddings, nn.Parameter):
             # Sinusoids make "the patch before this one" a linear map from the first step on.
@@ -68,7 +70,7 @@ class TowerReading(nn.Module):
         pieces, targets = targets.unique(return_inverse=True)
         guesses = F.normalize(self.words(hidden[-1][mask]).unflatten(-1, (2, -1)), dim=-1)
         half = torch.rand(len(guesses), device=guesses.device) < 0.5 if self.training else slice(None)
-        word_logits = self.scale * (guesses[half].flatten(0, 1) @ self.word_embeddings[pieces].T)
+        word_logits = guesses[half].flatten(0, 1) @ self.word_embeddings[pieces].T
         word_targets = targets[half].flatten()
         word_loss = F.cross_entropy(word_logits, word_targets)
         return {

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    BertConfig,
+    CLIPConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+
+from vist_rag.compression.vision import VisionTower, tower_config
+from vist_rag.errors import ConfigError
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 28,
+    "patch_size": 7,
+    "num_channels": 3,
+}
+PATCHES = 16
+CONFIGS = {"vit": ViTConfig, "clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+SPECIAL = {"vit": 1, "clip": 1, "siglip": 0}
+
+
+@pytest.fixture(params=CONFIGS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def model(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModel.from_config(CONFIGS[kind](**SIZES)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: at 1 and 0 they would hide what is left out
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def pixels(pages: int, seed: int = 1) -> Tensor:
+    return torch.randn(pages, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+
+
+def text_mask(*lengths: int) -> Tensor:
+    return torch.arange(PATCHES) < torch.tensor(lengths)[:, None]
+
+
+def blank_pixels(images: Tensor, mask: Tensor, value: float) -> Tensor:
+    """The images with every blank patch painted over."""
+    blank = (~mask).view(-1, 1, 4, 4).repeat_interleave(7, 2).repeat_interleave(7, 3)
+    return torch.where(blank, torch.full_like(images, value), images)
+
+
+@torch.no_grad()
+def test_a_full_page_gives_the_models_own_hidden_states(kind: str, model: PreTrainedModel) -> None:
+    images = pixels(2)
+    hidden = VisionTower(model)(images, text_mask(PATCHES, PATCHES))
+    own = model(images, output_hidden_states=True)
+    assert len(hidden) == 1 + SIZES["num_hidden_layers"]
+    torch.testing.assert_close(hidden[-1], own.last_hidden_state[:, SPECIAL[kind] :], atol=1e-5, rtol=1e-5)
+    for ours, theirs in zip(hidden[:-1], own.hidden_states, strict=False):
+        torch.testing.assert_close(ours, theirs[:, SPECIAL[kind] :], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_what_blank_patches_show_changes_nothing(model: PreTrainedModel) -> None:
+    mask = text_mask(5, 9)
+    tower, images = VisionTower(model), pixels(2)
+    one, other = (tower(blank_pixels(images, mask, value), mask)[-1] for value in (0.0, 7.0))
+    assert one.shape == (2, 9, 16)
+    torch.testing.assert_close(one[mask[:, :9]], other[mask[:, :9]], atol=0, rtol=0)
+    # The patches after the text are masked, not merely cut off: those of the shorter page stand in the batch.
+    assert not torch.equal(one[0, 5:], other[0, 5:])
+
+
+@torch.no_grad()
+def test_a_page_is_read_alike_alone_and_beside_longer_ones(model: PreTrainedModel) -> None:
+    tower, images = VisionTower(model), pixels(3)
+    together = tower(images, text_mask(4, 16, 11))
+    for page, length in enumerate((4, 16, 11)):
+        alone = tower(images[page : page + 1], text_mask(length))
+        for ours, theirs in zip(together, alone, strict=True):
+            assert theirs.shape[1] == length
+            torch.testing.assert_close(ours[page, :length], theirs[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_text_patches_see_each_other(model: PreTrainedModel) -> None:
+    tower, images, mask = VisionTower(model), pixels(1), text_mask(6)
+    changed = images.clone()
+    changed[:, :, :7, 7:14] += 1  # the second patch
+    first = [tower(i, mask)[-1][0, 0] for i in (images, changed)]
+    assert (first[0] - first[1]).abs().max() > 1e-4
+
+
+def test_fresh_tower_has_no_pooler(kind: str) -> None:
+    tower = VisionTower.from_config(CONFIGS[kind](**SIZES))
+    assert tower.width == 16
+    assert not any("pooler" in name for name, _ in tower.named_parameters())
+
+
+def test_config_from_a_dict_names_its_model_type() -> None:
+    config = tower_config({"model_type": "vit", **SIZES})
+    assert isinstance(config, ViTConfig)
+    assert config.hidden_size == 16
+    with pytest.raises(ConfigError, match="model_type"):
+        tower_config(SIZES)
+    with pytest.raises(ConfigError, match="nonsense"):
+        tower_config({"model_type": "nonsense"})
+
+
+def test_config_of_a_two_tower_model_is_that_of_its_vision_tower() -> None:
+    assert isinstance(tower_config(CLIPConfig(vision_config=SIZES)), CLIPVisionConfig)
+
+
+@pytest.mark.parametrize("config", [BertConfig()])
+def test_config_without_patches_is_refused(config: PreTrainedConfig) -> None:
+    with pytest.raises(ConfigError, match="bert"):
+        tower_config(config)
+
+
+def test_tower_of_another_shape_is_refused() -> None:
+    dino = AutoModel.from_config(Dinov2Config(**SIZES))
+    with pytest.raises(ConfigError, match="Dinov2Model"):
+        VisionTower(dino)

@@ -1,0 +1,49 @@
+"""``vist-rag``: one file a command, each a thin call into the library."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vist_rag.cli import ask, demo, index, info
+
+app = typer.Typer(
+    name="vist-rag",
+    help="Answers questions over your documents, and reads most of what it retrieves as pictures: text to pages to a "
+    "few latents, instead of raw tokens.",
+    epilog="Begin with: vist-rag demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        from vist_rag import __version__
+
+        typer.echo(f"vist-rag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=lambda wanted: _print_version(wanted=wanted), is_eager=True,
+                           help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _command, _examples in (
+    (demo.demo, ("vist-rag demo --questions 10", "vist-rag demo --eval --json")),
+    (index.index, ("vist-rag index notes/ report.pdf --index my-index",)),
+    (ask.ask, ("vist-rag ask 'When was the bridge built?' --index my-index --k-raw 1 --k-memory 4",)),
+    (info.info, ("vist-rag info --index my-index --json",)),
+):
+    app.command(epilog="\n\n".join(f"Example: {example}" for example in _examples))(_command)
+
+__all__ = ["app"]

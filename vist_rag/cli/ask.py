@@ -1,0 +1,89 @@
+"""``vist-rag ask``: a question, answered from an index."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vist_rag.cli.answers import answer_json, cited_sentence, titled, usage_line
+from vist_rag.cli.models import load_rag, open_existing, tell_of_other_memories
+from vist_rag.cli.terminal import JsonOption, ModelOption, command, emit_json, out, printable
+from vist_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vist_rag.budget import Budget
+    from vist_rag.pipeline import VistRAG
+    from vist_rag.types import Answer
+
+
+@command
+def ask(
+    question: Annotated[str, typer.Argument(help="What is asked.")],
+    index: Annotated[Path, typer.Option("--index", metavar="DIR", help="An index that vist-rag index made.")],
+    k_raw: Annotated[int | None, typer.Option(help="Best passages that are read as text.")] = None,
+    k_memory: Annotated[int | None, typer.Option(help="Next passages, which are read as memory.")] = None,
+    budget: Annotated[int | None, typer.Option(help="Tokens that all passages may take together.")] = None,
+    latents: Annotated[int | None, typer.Option(help="At most so many latents a passage.")] = None,
+    model: ModelOption = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer a question from an index, with the passages that it was read from.
+
+    What is not given is as the checkpoint was trained for.
+    """
+    if stream and as_json:
+        raise ConfigError("--stream and --json exclude each other: one document cannot be printed bit by bit; give one.")
+    with open_existing(index) as opened:
+        rag = load_rag(model, opened)
+        tell_of_other_memories(opened, index, rag.compressor.fingerprint)
+        chosen = chosen_budget(rag, k_raw=k_raw, k_memory=k_memory, tokens=budget, latents=latents)
+        if stream:
+            answer = _stream(rag, question, chosen)
+        else:
+            answer = rag.answer(question, budget=chosen)
+    if as_json:
+        emit_json(answer_json(answer))
+        return
+    if not stream:
+        out.print(printable(answer.text) or "(no answer)", style="bold", markup=False, soft_wrap=True)
+    _show_support(answer)
+
+
+def chosen_budget(
+    rag: VistRAG, *, k_raw: int | None, k_memory: int | None, tokens: int | None, latents: int | None
+) -> Budget:
+    """The checkpoint's budget with what was asked for; numbers that were not asked for fit the index."""
+    given = {"k_raw": k_raw, "k_memory": k_memory, "tokens": tokens, "latents": latents}
+    chosen = replace(rag.budget, **{name: value for name, value in given.items() if value is not None})
+    size = len(rag.index)
+    if chosen.top_k > size > 0:
+        if k_memory is None:
+            chosen = replace(chosen, k_memory=max(0, size - chosen.k_raw) or int(chosen.k_raw == 0))
+        if k_raw is None and chosen.top_k > size:
+            chosen = replace(chosen, k_raw=max(0, size - chosen.k_memory))
+    return chosen
+
+
+def _stream(rag: VistRAG, question: str, budget: Budget) -> Answer:
+    pieces = rag.stream(question, budget=budget)
+    for piece in pieces:
+        out.print(printable(piece), style="bold", markup=False, soft_wrap=True, end="")
+    out.print()
+    if pieces.answer is None:
+        raise RuntimeError("the stream ended without an answer")
+    return pieces.answer
+
+
+def _show_support(answer: Answer) -> None:
+    for number, citation in enumerate(answer.citations, start=1):
+        passage = citation.passage
+        source = f", {passage.source}" if passage.source and passage.source != titled(citation) else ""
+        line = f"  [{number}] {titled(citation)} (read as {citation.mode}, score {citation.score:.2f}{source})"
+        out.print(printable(line), markup=False, soft_wrap=True)
+        if citation.span is not None:
+            out.print("      ", cited_sentence(citation), soft_wrap=True)
+    out.print(f"  {usage_line(answer.usage, answer.timings_ms['total'])}", style="dim", soft_wrap=True)

@@ -1,0 +1,241 @@
+"""``vist-rag index``: files -> passages with memories, in a durable index."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vist_rag.cli.models import load_compressor_of, tell_of_other_memories
+from vist_rag.cli.terminal import (
+    Interrupted,
+    JsonOption,
+    ModelOption,
+    command,
+    emit_json,
+    out,
+    printable,
+    progress,
+    say,
+    working,
+)
+from vist_rag.errors import InputError
+
+if TYPE_CHECKING:
+    from vist_rag.compression import VistCompressor
+    from vist_rag.retrieval import PassageIndex
+    from vist_rag.types import Passage
+
+_BATCH = 64
+"""Passages a transaction: what ctrl-C can undo."""
+
+_LOW_COVERAGE = 0.98
+_NAMED = 5  # files and passages that are named on the screen; --json names all
+
+
+@dataclass
+class Stored:
+    """What has been stored so far: counts, and the passages that the glyph atlas covers badly (id -> coverage)."""
+
+    passages: int
+    added: int = 0
+    unchanged: int = 0
+    memories_made: int = 0
+    memories_kept: int = 0
+
+    def __post_init__(self) -> None:
+        self.low_coverage: dict[str, float] = {}
+
+    @property
+    def done(self) -> int:
+        """Passages that are safe."""
+        return self.added + self.unchanged
+
+
+@command
+def index(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Files (.txt .md .jsonl .html .pdf) and directories.")
+    ],
+    index: Annotated[Path, typer.Option("--index", metavar="DIR", help="The index; made where there is none.")],
+    words: Annotated[int, typer.Option(help="Words a passage.")] = 100,
+    no_memory: Annotated[
+        bool, typer.Option("--no-memory", help="Store text and vectors only; memories are made when first read.")
+    ] = False,
+    model: ModelOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Read files into passages, compress each to memory, and store them.
+
+    What is interrupted keeps every batch that was stored; the same command goes on from there. Passages that are
+    stored already, with their memory, are passed over. A file that is named must be readable; one that is found in a
+    directory and is not, is left out and listed.
+    """
+    begin = time.monotonic()
+    with working("reading files"):
+        passages, skipped, failed = _read(paths, words)
+    for line in failed[:_NAMED]:
+        say(f"warning: left out: {line}", style="yellow")
+    compressor = None if no_memory else load_compressor_of(model)
+    from vist_rag.retrieval import PassageIndex
+
+    with PassageIndex.open(index) as opened:
+        others = tell_of_other_memories(opened, index, compressor.fingerprint) if compressor else 0
+        stored = Stored(len(passages))
+        try:
+            with progress("compressing and storing" if compressor else "storing", len(passages)) as advance:
+                store(opened, passages, compressor, stored, advance)
+            if compressor is not None:
+                _compress_lacking(opened, compressor, stored)
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                f"{stored.done:,} of {stored.passages:,} passages are kept in {index}; repeat the command to go on."
+            ) from error
+        report = _report(index, opened, stored, compressor.fingerprint if compressor else None, others)
+    report |= {
+        "files": {"skipped": [str(path) for path in skipped], "left_out": failed},
+        "seconds": round(time.monotonic() - begin, 2),
+    }
+    if as_json:
+        emit_json(report)
+    else:
+        _show(report)
+
+
+def _read(paths: Sequence[Path], words: int) -> tuple[list[Passage], Sequence[Path], list[str]]:
+    """Passages, files that were skipped for their extension, and what is wrong with those that cannot be read."""
+    from vist_rag.retrieval import find_documents, read_passages
+
+    named = tuple(str(path) for path in paths if not path.is_dir())
+    failed: list[str] = []
+
+    def on_error(error: InputError) -> None:
+        if named and str(error).startswith(named):
+            raise error
+        failed.append(str(error))
+
+    try:
+        # All at once, before anything is loaded or written: what is wrong with the files is told in seconds.
+        passages = list(read_passages(paths, words=words, on_error=on_error))
+    except InputError as error:
+        raise InputError(" ".join([str(error), *(f"Left out: {line}" for line in failed[:_NAMED])])) from error
+    return passages, find_documents(paths).skipped, failed
+
+
+def store(
+    index: PassageIndex,
+    passages: Sequence[Passage],
+    compressor: VistCompressor | None,
+    stored: Stored,
+    advance: Callable[[int], None],
+) -> None:
+    """Add passages batch by batch, each with its memory in one transaction; what is stored already is passed over.
+
+    Args:
+        index: Where to.
+        passages: What.
+        compressor: Makes the memories; None stores none.
+        stored: Counts on, batch by batch.
+        advance: Called with the size of each batch once it is stored.
+    """
+    from vist_rag.pipeline import compress
+
+    fingerprint = compressor.fingerprint if compressor else ""
+    for begin in range(0, len(passages), _BATCH):
+        batch = passages[begin : begin + _BATCH]
+        made: dict[str, Any] = {}
+        if compressor is not None:
+            lacking = _lacking(index, batch, fingerprint)
+            made = compress(compressor, lacking) if lacking else {}
+            stored.low_coverage |= _low_coverage(compressor, lacking)
+        memories = [made.get(p.id) for p in batch] if compressor else None
+        added = index.add(batch, memories, fingerprint=fingerprint)
+        stored.added += added
+        stored.unchanged += len(batch) - added
+        stored.memories_made += len(made)
+        stored.memories_kept += len(batch) - len(made) if compressor else 0
+        advance(len(batch))
+
+
+def _compress_lacking(index: PassageIndex, compressor: VistCompressor, stored: Stored) -> None:
+    """Make the memories of passages that were indexed before, without one or with another compressor's."""
+    from vist_rag.pipeline import compress
+
+    lacking = list(index.passages(lacking=compressor.fingerprint))
+    if not lacking:
+        return
+    with progress("compressing passages that were indexed before", len(lacking)) as advance:
+        for begin in range(0, len(lacking), _BATCH):
+            batch = lacking[begin : begin + _BATCH]
+            made = compress(compressor, batch)
+            index.put_memories({p: made[p.id] for p in batch}, compressor.fingerprint)
+            stored.low_coverage |= _low_coverage(compressor, batch)
+            stored.memories_made += len(batch)
+            advance(len(batch))
+
+
+def _lacking(index: PassageIndex, batch: Sequence[Passage], fingerprint: str) -> list[Passage]:
+    """Those whose very text has no memory in the index."""
+    ids = [p.id for p in batch]
+    known, with_memory = index.get(ids), index.memories(ids, fingerprint)
+    return [p for p in batch if p.id not in with_memory or known[p.id].content != p.content]
+
+
+def _low_coverage(compressor: VistCompressor, passages: Sequence[Passage]) -> dict[str, float]:
+    """Passages with more characters than two in a hundred that no glyph of the atlas covers."""
+    coverage = compressor.renderer.render([p.content for p in passages]).coverage.tolist()
+    return {p.id: round(c, 3) for p, c in zip(passages, coverage, strict=True) if c < _LOW_COVERAGE}
+
+
+def _report(
+    directory: Path, index: PassageIndex, stored: Stored, fingerprint: str | None, others: int
+) -> dict[str, Any]:
+    counts = asdict(stored)
+    return {
+        "index": str(directory),
+        "passages": {
+            "read": counts["passages"],
+            "added": counts["added"],
+            "unchanged": counts["unchanged"],
+            "in_index": len(index),
+        },
+        "memories": {
+            "fingerprint": fingerprint,
+            "made": counts["memories_made"],
+            "kept": counts["memories_kept"],
+            "of_other_compressors": others,
+        },
+        "low_coverage": stored.low_coverage,
+    }
+
+
+def _show(report: dict[str, Any]) -> None:
+    passages, memories, files = report["passages"], report["memories"], report["files"]
+    low, skipped, left_out = report["low_coverage"], files["skipped"], files["left_out"]
+    lines = [
+        f"{report['index']}: {passages['in_index']:,} passages; {passages['added']:,} new or changed, "
+        f"{passages['unchanged']:,} as they were, in {report['seconds']:.1f} s",
+    ]
+    if memories["fingerprint"]:
+        lines.append(
+            f"memories: {memories['made']:,} made, {memories['kept']:,} kept, compressor {memories['fingerprint'][:12]}"
+        )
+    if skipped:
+        lines.append(f"skipped {len(skipped):,} files with other extensions: {_some(skipped)}")
+    if left_out:
+        lines.append(f"left out {len(left_out):,} files that cannot be read")
+    if low:
+        lines.append(
+            f"{len(low):,} passages hold characters that the model's glyphs do not cover (drawn as boxes): "
+            f"{_some(list(low))}; read them as text (--k-raw)"
+        )
+    for line in lines:
+        out.print(printable(line), markup=False, soft_wrap=True)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")

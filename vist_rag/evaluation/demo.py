@@ -1,0 +1,227 @@
+"""The bundled corpus and its questions, and how well a pipeline answers them: found by retrieval, or with gold passages."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from vist_rag.budget import Plan
+from vist_rag.compression import VisualMemory, VistCompressor
+from vist_rag.errors import ConfigError
+from vist_rag.evaluation.conditions import EvalQuestion, evaluate_conditions
+from vist_rag.pipeline import VistRAG
+from vist_rag.retrieval import read_passages
+from vist_rag.types import Passage, SearchHit
+
+SPLITS = ("dev", "test")
+SEED = 0
+"""Of the bootstrap intervals; answers are greedy and need none."""
+
+_DEMO = Path(__file__).parents[1] / "assets" / "demo"
+_PACKAGES = ("vist-rag", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoQuestion:
+    """A question on the bundled corpus; ``passage_id`` names the one passage that answers it."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    passage_id: str
+    split: str
+
+
+def demo_passages() -> list[Passage]:
+    """The bundled corpus: subjects of the world, and the handbook of a made-up company."""
+    return list(read_passages(sorted(_DEMO.glob("passages_*.jsonl"))))
+
+
+def demo_questions(split: str) -> list[DemoQuestion]:
+    """The questions of one split: ``dev`` to look at, ``test`` to measure with.
+
+    Raises:
+        ConfigError: If there is no such split.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    lines = [line for path in sorted(_DEMO.glob("questions_*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    questions = [DemoQuestion(**{**row, "answers": tuple(row["answers"])}) for row in map(json.loads, lines)]
+    return [question for question in questions if question.split == split]
+
+
+def evaluate_demo(
+    rag: VistRAG, split: str = "test", *, latents: Sequence[int] = (), progress: bool = False
+) -> dict[str, Any]:
+    """Answer the bundled questions in several ways.
+
+    ``open_domain``: the passages are the best hits of the index, as many as the pipeline's budget reads.
+    ``gold_passage``: the one passage that answers the question. ``elastic``: the open-domain questions from memory of
+    at most so many latents a passage. Memories are read from the index, as answering reads them. Raw text that does
+    not fit the generator's context is left out from the worst passage on; ``passages_read`` tells.
+
+    Args:
+        rag: Over an index that holds :func:`demo_passages`.
+        split: ``dev`` or ``test``.
+        latents: Sizes for ``elastic``.
+        progress: Show progress bars.
+    Returns:
+        ``questions``, ``top_k``, ``latents``, ``recall`` by k, the three groups of figures, and ``rows``.
+    Raises:
+        ConfigError: If there is no such split, or the index has fewer passages than the budget reads.
+    """
+    questions = demo_questions(split)
+    top_k, own = rag.budget.top_k, rag.budget.latents
+    hits = rag.index.search_batch([q.question for q in questions], top_k)
+    found = [[hit.passage for hit in some] for some in hits]
+    gold = rag.index.get(q.passage_id for q in questions)
+    missing = sorted({q.passage_id for q in questions} - set(gold))
+    if missing:
+        raise ConfigError(f"the index must hold the bundled corpus, {len(missing)} passages are missing; index it first.")
+    open_domain = [EvalQuestion(q.id, q.question, q.answers, tuple(p)) for q, p in zip(questions, found, strict=True)]
+    with_gold = [replace(q, passages=(gold[d.passage_id],)) for q, d in zip(open_domain, questions, strict=True)]
+    reader = _Reader(rag, [*open_domain, *with_gold], progress=progress)
+    groups: dict[str, dict[str, Any]] = {
+        "open_domain": reader.read("open_domain", open_domain, own),
+        "gold_passage": reader.read("gold_passage", with_gold, own),
+        "elastic": reader.coarser(open_domain, latents),
+    }
+    ids = [[p.id for p in some] for some in found]
+    recall = {
+        str(k): round(sum(q.passage_id in some[:k] for q, some in zip(questions, ids, strict=True)) / len(questions), 4)
+        for k in range(1, top_k + 1)
+    }
+    facts = {"split": split, "questions": len(questions), "top_k": top_k, "latents": own, "recall": recall}
+    return {**facts, **groups, "rows": reader.rows}
+
+
+class _Reader:
+    """Runs :func:`evaluate_conditions` on memories from the index, and collects the rows."""
+
+    def __init__(self, rag: VistRAG, questions: Sequence[EvalQuestion], *, progress: bool) -> None:
+        self.rag = rag
+        self.progress = progress
+        self.rows: list[dict[str, Any]] = []
+        passages = {p.id: p for q in questions for p in q.passages}
+        hits = tuple(SearchHit(p, 0.0, rank) for rank, p in enumerate(passages.values()))
+        memories = rag.memories([Plan((), hits, (None,) * len(hits))])[0]
+        self._memories = _StoredMemories({p.content: m for p, m in zip(passages.values(), memories, strict=True)})
+
+    def read(self, group: str, questions: Sequence[EvalQuestion], latents: int | None) -> dict[str, Any]:
+        """Figures of all four conditions."""
+        fitting = [replace(q, passages=self._fitting(q)) for q in questions]
+        figures = self._evaluate(group, questions, ("memory",), (latents,))
+        figures |= self._evaluate(group, fitting, ("raw",))
+        figures["raw"]["passages_read"] = round(sum(len(q.passages) for q in fitting) / len(fitting), 2)
+        figures |= self._evaluate(group, questions, ("closed_book",))
+        figures |= self._evaluate(group, questions, ("shuffled_memory",), (latents,))
+        return {name.partition("@")[0]: values for name, values in figures.items()}
+
+    def coarser(self, questions: Sequence[EvalQuestion], latents: Sequence[int]) -> dict[str, Any]:
+        """Figures from memory, by latents a passage."""
+        figures = self._evaluate("elastic", questions, ("memory",), tuple(latents)) if latents else {}
+        return {name.partition("@")[2]: values for name, values in figures.items()}
+
+    def _fitting(self, question: EvalQuestion) -> tuple[Passage, ...]:
+        rag, passages = self.rag, question.passages
+        limit = rag.generator.context_tokens
+        while passages and limit is not None:
+            prompt = rag.template.build(question.question, passages, [])
+            if rag.generator.prompt_length(prompt) + rag.max_new_tokens <= limit:
+                break
+            passages = passages[:-1]
+        return passages
+
+    def _evaluate(
+        self,
+        group: str,
+        questions: Sequence[EvalQuestion],
+        conditions: Sequence[str],
+        latents: Sequence[int | None] = (None,),
+    ) -> dict[str, Any]:
+        result = evaluate_conditions(
+            cast(VistCompressor, self._memories),
+            self.rag.generator,
+            questions,
+            template=self.rag.template,
+            conditions=conditions,
+            latents=latents,
+            max_new_tokens=self.rag.max_new_tokens,
+            stop=self.rag.stop,
+            progress=self.progress,
+        )
+        self.rows += [{"group": group, **row} for row in result["rows"]]
+        return cast(dict[str, Any], result["figures"])
+
+
+class _StoredMemories:
+    """Stands where a compressor is asked to encode, and gives what was stored."""
+
+    def __init__(self, by_content: Mapping[str, VisualMemory]) -> None:
+        self._by_content = by_content
+
+    def encode(self, texts: Sequence[str], **_: object) -> list[VisualMemory]:
+        return [self._by_content[text] for text in texts]
+
+
+def run_facts(command: str) -> dict[str, Any]:
+    """What a table of figures needs to be made again: date, command, seed, commit, versions, machine."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "seed": SEED,
+        "commit": commit(),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # vist-rag itself, run from a checkout
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The machine without its name: system, processor, cores, and the device that models run on."""
+    cuda = torch.cuda.is_available()
+    mps = torch.backends.mps.is_available()
+    return {
+        "system": platform.system(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if cuda else "mps" if mps else "cpu",
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, ``+`` behind it where files differ; None without one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that it does not trust
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,322 @@
+"""A recipe (TOML) -> a trained checkpoint: build the parts, run the stages, export."""
+
+from __future__ import annotations
+
+import json
+import random
+import tomllib
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, load_model
+from tokenizers import Tokenizer, processors
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from vist_rag.compression import VistCompressor
+from vist_rag.compression.vision import VisionTower, tower_config
+from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
+from vist_rag.errors import CheckpointError, ConfigError
+from vist_rag.generation import SoftPromptFusion, VistGenerator
+from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
+from vist_rag.rendering import GlyphAtlas, Renderer
+from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
+from vist_rag.training.data import LengthBatches, Question, expand, read_jsonl, read_questions, titled
+from vist_rag.training.export import save_checkpoint
+from vist_rag.training.reading import (
+    Example,
+    MemoryReading,
+    answer_example,
+    continue_example,
+    reconstruct_example,
+    window,
+)
+from vist_rag.training.tower import TowerReading, reading_batch
+from vist_rag.training.trainer import train_stage
+from vist_rag.training.vocabulary import prune_vocabulary
+from vist_rag.types import Passage
+
+_PIXELS_PER_CHARACTER = 5.1  # of the embedded atlas, over English text: an estimate for batching only
+_VOCABULARY_SAMPLE = 12  # one text in so many is counted
+
+
+def load_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe by path, or by the name of one that ships with the package.
+
+    Raises:
+        ConfigError: If there is none, or it is no TOML.
+    """
+    shipped = files("vist_rag.training") / "recipes" / f"{name}.toml"
+    source = Path(name) if Path(name).is_file() else shipped
+    if not source.is_file():
+        names = sorted(p.name.removesuffix(".toml") for p in (files("vist_rag.training") / "recipes").iterdir())
+        raise ConfigError(f"recipe must be a TOML file or one of {', '.join(names)}, got {str(name)!r}.")
+    try:
+        return tomllib.loads(source.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name} must be TOML ({error}).") from error
+
+
+class RecipeRun:
+    """One recipe on one machine: parts are built when a stage first needs them.
+
+    Args:
+        recipe: What ``load_recipe`` read.
+        data: Folder that the recipe's file patterns are relative to.
+        output: Where checkpoints, logs and the exported model go.
+    """
+
+    def __init__(self, recipe: dict[str, Any], data: Path, output: Path) -> None:
+        self.recipe, self.data, self.output = recipe, data, output
+        self.seed = int(recipe.get("seed", 0))
+        if threads := recipe.get("threads"):
+            torch.set_num_threads(int(threads))
+        torch.set_flush_denormal(True)
+        torch.manual_seed(self.seed)
+        output.mkdir(parents=True, exist_ok=True)
+        self.atlas = _atlas(recipe.get("font_atlas", "assets"))
+        self.base = _base_model(recipe["generator"]["base"])
+        self._texts: list[Passage] | None = None
+
+    def run(self) -> Path:
+        """Run every stage that is not finished, and export; returns the checkpoint directory."""
+        before: Path | None = None
+        for stage in self.recipe["stages"]:
+            directory = self.output / stage["name"]
+            if not (directory / "final" / "model.safetensors").is_file():
+                {"tower": self._tower_stage, "read": self._read_stage}[stage["kind"]](stage, directory, before)
+            before = directory / "final"
+        assert before is not None
+        compressor, generator = self.parts()
+        load_parts(MemoryReading(compressor, generator), before)
+        return save_checkpoint(
+            self.output / "model", compressor, generator, settings=self.recipe.get("settings", {}), int8=True
+        )
+
+    def parts(self) -> tuple[VistCompressor, VistGenerator]:
+        """A compressor and a generator with fresh weights, the generator's layers from the base model."""
+        torch.manual_seed(self.seed)
+        recipe = self.recipe
+        compressor = VistCompressor.build(
+            recipe["tower"], self.atlas, resampler=ResamplerConfig(**recipe.get("resampler", {}))
+        )
+        tokenizer, old_ids = self.tokenizer()
+        width = compressor.resampler_config.width
+        return compressor, _generator(self.base, tokenizer, old_ids, width, recipe["generator"]["projector_width"])
+
+    def tokenizer(self) -> tuple[Tokenizer, list[int]]:
+        """The pruned vocabulary, counted once and kept in the output folder."""
+        vocabulary, ids = self.output / "tokenizer.json", self.output / "old_ids.json"
+        if not (vocabulary.is_file() and ids.is_file()):
+            full = _plain(Tokenizer.from_file(str(self.base / "tokenizer.json")))
+            sample = [titled(p.title, p.text) for p in self.texts()[::_VOCABULARY_SAMPLE]]
+            chunks = (sample[i : i + 1000] for i in range(0, len(sample), 1000))
+            pruned, old_ids = prune_vocabulary(full, chunks, self.recipe["generator"]["vocabulary"])
+            ids.write_text(json.dumps(old_ids))
+            pruned.save(str(vocabulary))
+        return _plain(Tokenizer.from_file(str(vocabulary))), json.loads(ids.read_text())
+
+    def texts(self) -> list[Passage]:
+        """All plain text, in one seeded order."""
+        if self._texts is None:
+            rows = (row for path in expand(self.data, self.recipe["data"]["text"]) for row in read_jsonl(path))
+            self._texts = [Passage(r["text"], id="-", title=r.get("title", "")) for r in rows if 30 < len(r["text"]) < 1200]
+            random.Random(self.seed).shuffle(self._texts)
+        return self._texts
+
+    def questions(self) -> tuple[list[Question], list[float]]:
+        """All questions, and the weight of each."""
+        rows: list[Question] = []
+        weights: list[float] = []
+        for pattern, weight in self.recipe["data"]["questions"].items():
+            some = read_questions(expand(self.data, [pattern]))
+            rows += some
+            weights += [float(weight)] * len(some)
+        return rows, weights
+
+    def _tower_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
+        tower = VisionTower.from_config(tower_config(self.recipe["tower"]))
+        tokenizer, old_ids = self.tokenizer()
+        words = load_file(str(self.base / "model.safetensors"))["embeddings.word_embeddings.weight"]
+        model = TowerReading(tower, words[torch.tensor(old_ids)])
+        if before is not None:
+            _load(model, before / "model.safetensors")
+        renderer = Renderer(self.atlas, RendererConfig(channels=self.recipe["tower"]["num_channels"]))
+        texts = [titled(p.title, p.text) for p in self.texts()]
+        patches = [min(256, int(len(text) * _PIXELS_PER_CHARACTER / 14) + 1) for text in texts]
+        indices = LengthBatches(patches, budget=stage["patches"], steps=stage["steps"], seed=self.seed)
+
+        def build(some: list[int], _: int) -> dict[str, Any]:
+            return reading_batch([texts[i] for i in some], renderer, tokenizer)
+
+        train_stage(model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed)
+
+    def _read_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
+        compressor, generator = self.parts()
+        rates = {float(rate): float(weight) for rate, weight in stage["rates"].items()}
+        model = MemoryReading(compressor, generator, rates=rates)
+        if before is not None:
+            load_parts(model, before)
+        model.train()
+        draw = ExampleMix(stage, self.texts(), *self.questions())
+
+        def build(_: list[int], step: int) -> dict[str, Any]:
+            rng = random.Random(f"{self.seed}-{stage['name']}-{step}")
+            return model.batch(draw(rng), rng)
+
+        train_stage(
+            model, _Steps(stage["steps"]), build, directory, learning_rate=stage["learning_rate"], seed=self.seed
+        )
+
+
+class ExampleMix:
+    """Draws the examples of one batch: one kind of task, windows of one length, so that little is padding.
+
+    Args:
+        stage: ``batch``, ``tasks`` (weights), ``words`` (shortest and longest window), ``raw`` (share of batches that show
+            text instead of memory), ``distractors`` (share of questions that show a second passage).
+        texts: Plain text.
+        questions: Questions with their passages.
+        weights: How often each question is drawn.
+    """
+
+    def __init__(
+        self, stage: dict[str, Any], texts: Sequence[Passage], questions: Sequence[Question], weights: Sequence[float]
+    ) -> None:
+        self.stage, self.texts, self.questions = stage, texts, questions
+        total, self._cumulative = 0.0, []
+        for weight in weights:
+            total += weight
+            self._cumulative.append(total)
+
+    def __call__(self, rng: random.Random) -> list[Example]:
+        """A batch of examples."""
+        stage = self.stage
+        task = rng.choices(list(stage["tasks"]), list(stage["tasks"].values()))[0]
+        raw = rng.random() < stage.get("raw", 0.0)
+        longest = rng.randint(*stage["words"])
+        words = (max(1, longest * 2 // 3), longest)
+        count = stage["batch"]
+        if task == "answer":
+            rows = rng.choices(self.questions, cum_weights=self._cumulative, k=count)
+            return [answer_example(row, rng, words=words, others=self._others(rng, longest), raw=raw) for row in rows]
+        make: Callable[..., Example] = {"reconstruct": reconstruct_example, "continue": continue_example}[task]
+        passages = rng.choices(self.texts, k=count)
+        return [make(passage, rng, words=words, raw=raw) for passage in passages]
+
+    def _others(self, rng: random.Random, words: int) -> list[Passage]:
+        if rng.random() >= self.stage.get("distractors", 0.0):
+            return []
+        other = rng.choice(self.texts)
+        return [Passage(window(other.text, words, rng), title=other.title)]
+
+
+class _Steps(Dataset[list[int]]):
+    """So many steps whose batches are drawn, not listed."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> list[int]:
+        return []
+
+
+def load_parts(model: MemoryReading, directory: Path) -> None:
+    """Weights of an earlier stage: of the tower alone, or of everything.
+
+    Raises:
+        CheckpointError: If the file holds neither.
+    """
+    path = directory / "model.safetensors"
+    with safe_open(str(path), framework="pt") as file:
+        names = list(file.keys())
+        tower = {n.removeprefix("tower."): file.get_tensor(n) for n in names if n.startswith("tower.")}
+    if tower:
+        model.compressor.tower.load_state_dict(tower)
+    else:
+        _load(model, path)
+
+
+def _load(model: torch.nn.Module, path: Path) -> None:
+    try:
+        load_model(model, str(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit this recipe ({error}); train from the start.") from error
+
+
+def _atlas(name: str) -> GlyphAtlas:
+    if name == "assets":
+        return GlyphAtlas.load(Path(str(files("vist_rag"))) / "assets" / "noto-sans-10px.safetensors")
+    return GlyphAtlas.load(name)
+
+
+def _base_model(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if name == DEFAULT_MODEL and (packaged := offline_files()):
+        return packaged
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name))
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _generator(
+    base: Path, tokenizer: Tokenizer, old_ids: list[int], memory_width: int, projector_width: int
+) -> VistGenerator:
+    """A generator whose layers come from a BERT-like encoder, with the pruned vocabulary."""
+    fields = json.loads((base / "config.json").read_text())
+    begin, end, pad = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]"))
+    config = PrefixBertConfig(
+        **{
+            name: fields[name]
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "max_position_embeddings",
+            )
+        },
+        vocab_size=len(old_ids),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    model = PrefixBertForCausalLM(config)
+    state = {f"bert.{k}": v for k, v in load_file(str(base / "model.safetensors")).items() if "pooler" not in k}
+    words = "bert.embeddings.word_embeddings.weight"
+    state[words] = state[words][torch.tensor(old_ids)]
+    state = {name: tensor for name, tensor in state.items() if name in dict(model.named_parameters())}
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    with torch.no_grad():
+        # The head starts as the identity: a state is compared with the word embeddings as it is.
+        model.cls.predictions.transform.dense.weight.copy_(torch.eye(config.hidden_size))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", begin)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",  # noqa: S106
+        pad_token="[PAD]",  # noqa: S106
+        bos_token="[CLS]",  # noqa: S106
+        eos_token="[SEP]",  # noqa: S106
+        model_max_length=config.max_position_embeddings,
+    )
+    fusion = SoftPromptFusion(FusionConfig(memory_width, config.hidden_size, hidden_width=projector_width))
+    return VistGenerator(model, wrapped, fusion)
+
+
