@@ -16,8 +16,8 @@ import torch
 
 from vist_rag.budget import Budget, Plan
 from vist_rag.compression import VisualMemory, VistCompressor
-from vist_rag.errors import CheckpointError
-from vist_rag.generation import Prompt, PromptTemplate, VistGenerator, best_device
+from vist_rag.errors import CheckpointError, ConfigError
+from vist_rag.generation import Generation, Prompt, PromptTemplate, VistGenerator, best_device
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
 
@@ -78,12 +78,16 @@ class VistRAG:
         """
         directory = find_checkpoint(checkpoint)
         settings = read_settings(directory)
+        try:
+            own, template = Budget(**settings.get("budget", {})), PromptTemplate(**settings.get("template", {}))
+        except (TypeError, ConfigError) as error:
+            raise CheckpointError(f"{directory / SETTINGS_FILE} is not of this version ({error}); restore it.") from error
         return cls(
             index,
             load_compressor(directory, device=device),
             VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device=device),
-            budget=budget or Budget(**settings.get("budget", {})),
-            template=PromptTemplate(**settings.get("template", {})),
+            budget=budget or own,
+            template=template,
             max_new_tokens=settings.get("max_new_tokens", 32),
             stop=settings.get("stop", ()),
         )
@@ -117,10 +121,9 @@ class VistRAG:
             generations = self.generator.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
         timings = clock.timings_ms()
         return [
-            self._answer(question, generation.text, plan, prompt, generation.prompt_tokens,
-                         generation.completion_tokens, timings)
+            self._answer(question, generation, plan, prompt, timings)
             for question, generation, plan, prompt in zip(questions, generations, plans, prompts, strict=True)
-        ]  # fmt: skip
+        ]
 
     def stream(self, question: str, *, budget: Budget | None = None) -> AnswerStream:
         """Answer one question piece by piece; errors as ``answer``."""
@@ -150,7 +153,8 @@ class VistRAG:
             made = compress(self.compressor, missing)
             stored |= made
             if not self.index.read_only:
-                self.index.put_memories(made, fingerprint)
+                # By passage, not by id: nothing is kept for a text that was replaced in the meantime.
+                self.index.put_memories({passage: made[passage.id] for passage in missing}, fingerprint)
         full = {id_: VisualMemory(torch.from_numpy(stored[id_]).float(), fingerprint) for id_ in wanted}
         return [
             [
@@ -163,13 +167,12 @@ class VistRAG:
     def _answer(
         self,
         question: str,
-        text: str,
+        generation: Generation,
         plan: Plan,
         prompt: Prompt,
-        prompt_tokens: int,
-        completion_tokens: int,
         timings_ms: Mapping[str, float],
     ) -> Answer:
+        text = generation.text
         read = sorted([(hit, "raw") for hit in plan.raw] + [(hit, "memory") for hit in plan.compressed], key=_rank)
         citations = tuple(
             Citation(hit.passage, hit.score, mode, find_span(text, hit.passage.text))  # type: ignore[arg-type]
@@ -182,7 +185,8 @@ class VistRAG:
         raw = sum(self.generator.count_tokens(self.template.raw_text(hit.passage)) for hit in plan.raw)
         frame = self.generator.count_tokens(self.template.memory) + self.generator.fusion.boundary_tokens
         compressed = raw + prompt.memory_tokens + frame * len(plan.compressed)
-        return Answer(question, text, citations, Usage(origin, compressed, prompt_tokens, completion_tokens), timings_ms)
+        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens)
+        return Answer(question, text, citations, usage, timings_ms)
 
 
 class AnswerStream:
@@ -198,21 +202,12 @@ class AnswerStream:
         self._prompt = rag.template.build(question, [hit.passage for hit in self._plan.raw], memories)
 
     def __iter__(self) -> Iterator[str]:
-        rag, pieces = self._rag, []
+        rag = self._rag
         with self._clock("generate"):
-            for piece in rag.generator.stream(self._prompt, max_new_tokens=rag.max_new_tokens, stop=rag.stop):
-                pieces.append(piece)
-                yield piece
-        text = "".join(pieces).strip()
-        self.answer = rag._answer(
-            self._question,
-            text,
-            self._plan,
-            self._prompt,
-            rag.generator.prompt_length(self._prompt),
-            rag.generator.count_tokens(text),
-            self._clock.timings_ms(),
-        )
+            generation = yield from rag.generator.stream(
+                self._prompt, max_new_tokens=rag.max_new_tokens, stop=rag.stop
+            )
+        self.answer = rag._answer(self._question, generation, self._plan, self._prompt, self._clock.timings_ms())
 
 
 def compress(
@@ -252,12 +247,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """``vist.json`` of a checkpoint.
 
     Raises:
-        CheckpointError: If it is missing or no JSON.
+        CheckpointError: If it is missing or no JSON object.
     """
     try:
-        settings: dict[str, Any] = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
+        settings = json.loads((directory / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {directory} must hold {SETTINGS_FILE} ({error}); restore it.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{directory / SETTINGS_FILE} must be a JSON object, got {settings!r}; restore it.")
     return settings
 
 
@@ -285,7 +282,12 @@ def find_span(answer: str, text: str) -> tuple[int, int] | None:
         return None
     folded, places = _fold(text)
     match = re.search(r"(?<!\w)" + r"[\W_]*".join(map(re.escape, words)) + r"(?!\w)", folded)
-    return (places[match.start()], places[match.end() - 1] + 1) if match else None
+    if match is None:
+        return None
+    start, end = places[match.start()], places[match.end() - 1] + 1
+    while end < len(text) and unicodedata.combining(text[end]):
+        end += 1  # an accent that stands by itself belongs to the letter before it
+    return start, end
 
 
 def _fold(text: str) -> tuple[str, list[int]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, demo, index, info
+from vist_rag.cli import ask, demo, index, info, render
 
 app = typer.Typer(
     name="vist-rag",
@@ -15,7 +15,7 @@ app = typer.Typer(
     epilog="Begin with: vist-rag demo",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -31,8 +31,10 @@ def _print_version(*, wanted: bool) -> None:
 @app.callback()
 def _main(
     _version: Annotated[
-        bool, typer.Option("--version", callback=lambda wanted: _print_version(wanted=wanted), is_eager=True,
-                           help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=lambda wanted: _print_version(wanted=wanted), is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -42,6 +44,10 @@ for _command, _examples in (
     (demo.demo, ("vist-rag demo --questions 10", "vist-rag demo --eval --json")),
     (index.index, ("vist-rag index notes/ report.pdf --index my-index",)),
     (ask.ask, ("vist-rag ask 'When was the bridge built?' --index my-index --k-raw 1 --k-memory 4",)),
+    (
+        render.render,
+        ("vist-rag render 'Text as the model sees it.' -o page.png", "vist-rag render - -o page.png < notes.txt"),
+    ),
     (info.info, ("vist-rag info --index my-index --json",)),
 ):
     app.command(epilog="\n\n".join(f"Example: {example}" for example in _examples))(_command)

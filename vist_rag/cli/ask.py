@@ -36,15 +36,14 @@ def ask(
     What is not given is as the checkpoint was trained for.
     """
     if stream and as_json:
-        raise ConfigError("--stream and --json exclude each other: one document cannot be printed bit by bit; give one.")
+        raise ConfigError(
+            "--stream and --json exclude each other: one document cannot be printed bit by bit; give one."
+        )
     with open_existing(index) as opened:
         rag = load_rag(model, opened)
         tell_of_other_memories(opened, index, rag.compressor.fingerprint)
         chosen = chosen_budget(rag, k_raw=k_raw, k_memory=k_memory, tokens=budget, latents=latents)
-        if stream:
-            answer = _stream(rag, question, chosen)
-        else:
-            answer = rag.answer(question, budget=chosen)
+        answer = _stream(rag, question, chosen) if stream else rag.answer(question, budget=chosen)
     if as_json:
         emit_json(answer_json(answer))
         return

@@ -16,6 +16,7 @@ from vist_rag.cli.terminal import (
     JsonOption,
     ModelOption,
     command,
+    count,
     emit_json,
     out,
     printable,
@@ -217,21 +218,21 @@ def _show(report: dict[str, Any]) -> None:
     passages, memories, files = report["passages"], report["memories"], report["files"]
     low, skipped, left_out = report["low_coverage"], files["skipped"], files["left_out"]
     lines = [
-        f"{report['index']}: {passages['in_index']:,} passages; {passages['added']:,} new or changed, "
-        f"{passages['unchanged']:,} as they were, in {report['seconds']:.1f} s",
+        f"{report['index']}: {count(passages['in_index'], 'passage')}; "
+        + f"{passages['added']:,} new or changed, {passages['unchanged']:,} as they were, in {report['seconds']:.1f} s"
     ]
     if memories["fingerprint"]:
         lines.append(
             f"memories: {memories['made']:,} made, {memories['kept']:,} kept, compressor {memories['fingerprint'][:12]}"
         )
     if skipped:
-        lines.append(f"skipped {len(skipped):,} files with other extensions: {_some(skipped)}")
+        lines.append(f"skipped for their extension: {count(len(skipped), 'file')}, {_some(skipped)}")
     if left_out:
-        lines.append(f"left out {len(left_out):,} files that cannot be read")
+        lines.append(f"left out, cannot be read: {count(len(left_out), 'file')}")
     if low:
         lines.append(
-            f"{len(low):,} passages hold characters that the model's glyphs do not cover (drawn as boxes): "
-            f"{_some(list(low))}; read them as text (--k-raw)"
+            f"hard to read for the model, which has no glyphs for over 2 % of the characters: "
+            f"{count(len(low), 'passage')}, {_some(list(low))}; read them as text (--k-raw)"
         )
     for line in lines:
         out.print(printable(line), markup=False, soft_wrap=True)

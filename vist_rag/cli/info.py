@@ -58,7 +58,7 @@ def _checkpoint(model: str | None) -> dict[str, Any]:
             "patch_px": compressor.renderer_config.patch_size_px,
             "latents": compressor.resampler_config.latents_per_page,
             "latent_width": compressor.resampler_config.width,
-            "glyphs": len(compressor.atlas_ink),
+            "glyphs": compressor.config.atlas["glyphs"],
         },
         "context_tokens": generator.context_tokens,
         "settings": settings,

@@ -1,4 +1,4 @@
-"""What every command does alike: an error is one line, progress goes to stderr, ``--json`` is one document on stdout."""
+"""What every command does alike: an error is one line, progress is on stderr, ``--json`` is one document on stdout."""
 
 from __future__ import annotations
 
@@ -77,6 +77,11 @@ def printable(text: str) -> str:
     return "".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
 
 
+def count(n: int, noun: str) -> str:
+    """``1 page``, ``2 pages``."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner on stderr while the body runs; nothing where that is a file."""
@@ -90,7 +95,13 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if not err.is_terminal:
         yield _lines(what, total)
         return
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda n: bar.advance(task, n)

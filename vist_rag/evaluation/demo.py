@@ -1,12 +1,13 @@
-"""The bundled corpus and its questions, and how well a pipeline answers them: found by retrieval, or with gold passages."""
+"""The bundled corpus and its questions, and how well a pipeline answers them from found and from gold passages."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,9 +17,9 @@ from typing import Any, cast
 import torch
 
 from vist_rag.budget import Plan
-from vist_rag.compression import VisualMemory, VistCompressor
+from vist_rag.compression import VistCompressor, VisualMemory
 from vist_rag.errors import ConfigError
-from vist_rag.evaluation.conditions import EvalQuestion, evaluate_conditions
+from vist_rag.evaluation.conditions import CONDITIONS, EvalQuestion, evaluate_conditions
 from vist_rag.pipeline import VistRAG
 from vist_rag.retrieval import read_passages
 from vist_rag.types import Passage, SearchHit
@@ -26,6 +27,8 @@ from vist_rag.types import Passage, SearchHit
 SPLITS = ("dev", "test")
 SEED = 0
 """Of the bootstrap intervals; answers are greedy and need none."""
+RUNS = 7
+"""Runs over the questions that :func:`evaluate_demo` makes, besides one for each size of ``latents``."""
 
 _DEMO = Path(__file__).parents[1] / "assets" / "demo"
 _PACKAGES = ("vist-rag", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
@@ -61,7 +64,7 @@ def demo_questions(split: str) -> list[DemoQuestion]:
 
 
 def evaluate_demo(
-    rag: VistRAG, split: str = "test", *, latents: Sequence[int] = (), progress: bool = False
+    rag: VistRAG, split: str = "test", *, latents: Sequence[int] = (), advance: Callable[[int], None] | None = None
 ) -> dict[str, Any]:
     """Answer the bundled questions in several ways.
 
@@ -74,7 +77,7 @@ def evaluate_demo(
         rag: Over an index that holds :func:`demo_passages`.
         split: ``dev`` or ``test``.
         latents: Sizes for ``elastic``.
-        progress: Show progress bars.
+        advance: Called with 1 after each of the ``RUNS + len(latents)`` runs.
     Returns:
         ``questions``, ``top_k``, ``latents``, ``recall`` by k, the three groups of figures, and ``rows``.
     Raises:
@@ -87,14 +90,19 @@ def evaluate_demo(
     gold = rag.index.get(q.passage_id for q in questions)
     missing = sorted({q.passage_id for q in questions} - set(gold))
     if missing:
-        raise ConfigError(f"the index must hold the bundled corpus, {len(missing)} passages are missing; index it first.")
+        raise ConfigError(
+            f"the index must hold the bundled corpus, {len(missing)} passages are missing; index it first."
+        )
     open_domain = [EvalQuestion(q.id, q.question, q.answers, tuple(p)) for q, p in zip(questions, found, strict=True)]
     with_gold = [replace(q, passages=(gold[d.passage_id],)) for q, d in zip(open_domain, questions, strict=True)]
-    reader = _Reader(rag, [*open_domain, *with_gold], progress=progress)
+    reader = _Reader(rag, [*open_domain, *with_gold], advance or (lambda _: None))
     groups: dict[str, dict[str, Any]] = {
-        "open_domain": reader.read("open_domain", open_domain, own),
-        "gold_passage": reader.read("gold_passage", with_gold, own),
-        "elastic": reader.coarser(open_domain, latents),
+        "open_domain": {name: reader.read("open_domain", name, open_domain, own) for name in CONDITIONS},
+        # Without passages the two groups ask the same.
+        "gold_passage": {
+            name: reader.read("gold_passage", name, with_gold, own) for name in CONDITIONS if name != "closed_book"
+        },
+        "elastic": {str(n): reader.read("elastic", "memory", open_domain, n) for n in latents},
     }
     ids = [[p.id for p in some] for some in found]
     recall = {
@@ -108,29 +116,38 @@ def evaluate_demo(
 class _Reader:
     """Runs :func:`evaluate_conditions` on memories from the index, and collects the rows."""
 
-    def __init__(self, rag: VistRAG, questions: Sequence[EvalQuestion], *, progress: bool) -> None:
+    def __init__(self, rag: VistRAG, questions: Sequence[EvalQuestion], advance: Callable[[int], None]) -> None:
         self.rag = rag
-        self.progress = progress
+        self.advance = advance
         self.rows: list[dict[str, Any]] = []
         passages = {p.id: p for q in questions for p in q.passages}
         hits = tuple(SearchHit(p, 0.0, rank) for rank, p in enumerate(passages.values()))
         memories = rag.memories([Plan((), hits, (None,) * len(hits))])[0]
         self._memories = _StoredMemories({p.content: m for p, m in zip(passages.values(), memories, strict=True)})
 
-    def read(self, group: str, questions: Sequence[EvalQuestion], latents: int | None) -> dict[str, Any]:
-        """Figures of all four conditions."""
-        fitting = [replace(q, passages=self._fitting(q)) for q in questions]
-        figures = self._evaluate(group, questions, ("memory",), (latents,))
-        figures |= self._evaluate(group, fitting, ("raw",))
-        figures["raw"]["passages_read"] = round(sum(len(q.passages) for q in fitting) / len(fitting), 2)
-        figures |= self._evaluate(group, questions, ("closed_book",))
-        figures |= self._evaluate(group, questions, ("shuffled_memory",), (latents,))
-        return {name.partition("@")[0]: values for name, values in figures.items()}
-
-    def coarser(self, questions: Sequence[EvalQuestion], latents: Sequence[int]) -> dict[str, Any]:
-        """Figures from memory, by latents a passage."""
-        figures = self._evaluate("elastic", questions, ("memory",), tuple(latents)) if latents else {}
-        return {name.partition("@")[2]: values for name, values in figures.items()}
+    def read(
+        self, group: str, condition: str, questions: Sequence[EvalQuestion], latents: int | None
+    ) -> dict[str, Any]:
+        """Figures of one condition."""
+        rag = self.rag
+        if condition == "raw":
+            questions = [replace(q, passages=self._fitting(q)) for q in questions]
+        result = evaluate_conditions(
+            cast(VistCompressor, self._memories),
+            rag.generator,
+            questions,
+            template=rag.template,
+            conditions=(condition,),
+            latents=(latents,),
+            max_new_tokens=rag.max_new_tokens,
+            stop=rag.stop,
+        )
+        self.rows += [{"group": group, **row} for row in result["rows"]]
+        (figures,) = result["figures"].values()
+        if condition == "raw":
+            figures["passages_read"] = round(sum(len(q.passages) for q in questions) / len(questions), 2)
+        self.advance(1)
+        return cast(dict[str, Any], figures)
 
     def _fitting(self, question: EvalQuestion) -> tuple[Passage, ...]:
         rag, passages = self.rag, question.passages
@@ -141,27 +158,6 @@ class _Reader:
                 break
             passages = passages[:-1]
         return passages
-
-    def _evaluate(
-        self,
-        group: str,
-        questions: Sequence[EvalQuestion],
-        conditions: Sequence[str],
-        latents: Sequence[int | None] = (None,),
-    ) -> dict[str, Any]:
-        result = evaluate_conditions(
-            cast(VistCompressor, self._memories),
-            self.rag.generator,
-            questions,
-            template=self.rag.template,
-            conditions=conditions,
-            latents=latents,
-            max_new_tokens=self.rag.max_new_tokens,
-            stop=self.rag.stop,
-            progress=self.progress,
-        )
-        self.rows += [{"group": group, **row} for row in result["rows"]]
-        return cast(dict[str, Any], result["figures"])
 
 
 class _StoredMemories:
@@ -203,11 +199,19 @@ def machine() -> dict[str, Any]:
     mps = torch.backends.mps.is_available()
     return {
         "system": platform.system(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if cuda else "mps" if mps else "cpu",
     }
+
+
+def _processor() -> str:
+    try:
+        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
+    except OSError:  # not Linux
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -223,5 +227,7 @@ def commit() -> str | None:
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["git", "--no-optional-locks", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TextIteratorStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StoppingCriteriaList
 
-from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError
+from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError, VistError
 from vist_rag.generation.fusion import SoftPromptFusion
 from vist_rag.generation.int8 import is_int8, load_int8
 from vist_rag.generation.prompt import Prompt, TextSegment
+from vist_rag.generation.streaming import Pieces, StopAt, holds_any, until
 
 _PLACEHOLDER = "\u2042vist\u2042"
 
@@ -43,6 +44,10 @@ class VistGenerator:
         model: Any Hugging Face causal LM whose ``generate`` takes ``inputs_embeds``.
         tokenizer: Its tokenizer; a chat template, where it has one, is used.
         fusion: How memory enters. None: text only.
+
+    Attributes:
+        frame: Token ids that stand before and after every prompt: beginning of sequence, or the chat template's.
+
     Raises:
         ShapeError: If the fusion was built for another width.
     """
@@ -50,6 +55,7 @@ class VistGenerator:
     def __init__(self, model: PreTrainedModel, tokenizer: Any, fusion: SoftPromptFusion | None = None) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.frame = _frame(tokenizer)
         width = model.get_input_embeddings().weight.shape[1]
         if fusion is not None and fusion.config.generator_width != width:
             raise ShapeError(
@@ -85,28 +91,16 @@ class VistGenerator:
             else:
                 lm = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)
             tokenizer = AutoTokenizer.from_pretrained(str(model))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"generator {model} cannot be loaded ({error}).") from error
+        except VistError:
+            raise
+        except Exception as error:  # torn weights, a torn tokenizer and bad JSON each raise a class of their own
+            raise CheckpointError(f"generator {model} cannot be loaded ({error}); restore its files.") from error
         return cls(lm.to(device), tokenizer, SoftPromptFusion.from_pretrained(fusion) if fusion else None)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
-
-    @cached_property
-    def frame(self) -> tuple[list[int], list[int]]:
-        """Token ids that stand before and after every prompt: beginning of sequence, or the chat template's."""
-        tokenizer = self.tokenizer
-        if getattr(tokenizer, "chat_template", None):
-            message = [{"role": "user", "content": _PLACEHOLDER}]
-            text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-            before, _, after = text.partition(_PLACEHOLDER)
-            return (
-                tokenizer(before, add_special_tokens=False).input_ids,
-                tokenizer(after, add_special_tokens=False).input_ids,
-            )
-        return [i for i in tokenizer("").input_ids if i != tokenizer.eos_token_id], []
 
     def ids(self, token_ids: Sequence[int]) -> Tensor:
         """Token ids on the device, int64 ``[t]``."""
@@ -155,18 +149,20 @@ class VistGenerator:
             batch_size: Prompts in one forward pass.
             **options: Passed to ``model.generate`` (``do_sample=True``, ``num_beams=4``...); greedy by default.
         Raises:
-            InputError: If a prompt does not fit the model's context.
+            InputError: If a prompt is empty, or does not fit the model's context.
+            ConfigError: If a limit is less than 1, or a stop string is empty.
+            IncompatibleMemoryError: If the fusion was trained for another compressor than a memory's.
+            ShapeError: If a memory is of another width than the fusion was built for.
         """
-        if batch_size < 1 or max_new_tokens < 1:
-            raise ConfigError(
-                f"batch_size and max_new_tokens must be 1 or more, got {batch_size} and {max_new_tokens}."
-            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}.")
+        stop_at = StopAt(self.tokenizer, stop)
         answers: list[Generation] = []
         for begin in range(0, len(prompts), batch_size):
             some = list(prompts[begin : begin + batch_size])
             with self.fusion.condition(self, some) as inputs:
                 self._check_length(inputs, max_new_tokens)
-                output = self.model.generate(**inputs, **self._options(max_new_tokens, stop, options))
+                output = self.model.generate(**inputs, **self._options(max_new_tokens, stop_at, options))
             lengths = inputs["attention_mask"].sum(1).tolist()
             answers += [self._generation(row, length, stop) for row, length in zip(output, lengths, strict=True)]
         return answers
@@ -174,45 +170,63 @@ class VistGenerator:
     @torch.no_grad()
     def stream(
         self, prompt: Prompt, *, max_new_tokens: int = 32, stop: Sequence[str] = (), **options: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Generation]:
         """Answer one prompt, piece by piece; the pieces joined are ``generate``'s text up to outer white space.
 
+        Who stops listening stops the generation. As a generator function this returns the whole:
+        ``generation = yield from generator.stream(prompt)``.
+
         Raises:
-            InputError: If the prompt does not fit the model's context.
+            InputError: If the prompt is empty, or does not fit the model's context.
         """
-        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
+        pieces, stop_at = Pieces(self.tokenizer), StopAt(self.tokenizer, stop)
+        outputs: list[Tensor] = []
         failures: list[BaseException] = []
         with self.fusion.condition(self, [prompt]) as inputs:
             self._check_length(inputs, max_new_tokens)
-            arguments = {**inputs, **self._options(max_new_tokens, stop, options), "streamer": streamer}
+            arguments = {**inputs, **self._options(max_new_tokens, stop_at, options), "streamer": pieces}
 
             def run() -> None:
                 try:
                     with torch.no_grad():
-                        self.model.generate(**arguments)
+                        outputs.append(self.model.generate(**arguments))
                 except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
                     failures.append(error)
-                    streamer.end()
+                    pieces.end()
 
             thread = threading.Thread(target=run, daemon=True)
             thread.start()
-            yield from _until(streamer, stop)
-            thread.join()
+            try:
+                yield from until(pieces, stop)
+            finally:
+                stop_at.cancelled.set()
+                thread.join()
         if failures:
             raise failures[0]
+        return self._generation(outputs[0][0], int(inputs["attention_mask"].sum()), stop)
 
-    def _options(self, max_new_tokens: int, stop: Sequence[str], options: dict[str, Any]) -> dict[str, Any]:
-        pad = self.tokenizer.pad_token_id
-        chosen = {
+    @property
+    def _end_ids(self) -> list[int]:
+        """Tokens that end an answer: the model's own (chat models have several) and the tokenizer's."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        found = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        return sorted(found - {None})
+
+    def _options(self, max_new_tokens: int, stop_at: StopAt, options: dict[str, Any]) -> dict[str, Any]:
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be 1 or more, got {max_new_tokens}.")
+        pad, ends = self.tokenizer.pad_token_id, self._end_ids
+        return {
             "max_new_tokens": max_new_tokens,
             "do_sample": False,
-            "pad_token_id": pad if pad is not None else self.tokenizer.eos_token_id,
-        }
-        if stop:
-            chosen |= {"stop_strings": list(stop), "tokenizer": self.tokenizer}
-        return chosen | options
+            "eos_token_id": ends or None,
+            "pad_token_id": pad if pad is not None else next(iter(ends), 0),
+            "stopping_criteria": StoppingCriteriaList([stop_at]),
+        } | options
 
     def _check_length(self, inputs: dict[str, Any], max_new_tokens: int) -> None:
+        if not inputs["attention_mask"].any(1).all():
+            raise InputError("prompt must hold something, got one without tokens and without memory; ask something.")
         limit, length = self.context_tokens, int(inputs["attention_mask"].shape[1])
         if limit is not None and length + max_new_tokens > limit:
             raise InputError(
@@ -221,30 +235,30 @@ class VistGenerator:
             )
 
     def _generation(self, token_ids: Tensor, prompt_tokens: int, stop: Sequence[str]) -> Generation:
-        end = self.tokenizer.eos_token_id
-        kept = token_ids.tolist()
-        if end in kept:
-            kept = kept[: kept.index(end) + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Generation("".join(_until(iter([text]), stop)).strip(), prompt_tokens, len(kept))
+        ends, kept = self._end_ids, token_ids.tolist()
+        kept = kept[: next((i for i, token in enumerate(kept, start=1) if token in ends), len(kept))]
+        # What ended at a stop string is padded to the longest answer of its batch.
+        while stop and holds_any(self._decode(kept[:-1]), stop):
+            kept.pop()
+        text = "".join(until([self._decode(kept)], stop))
+        return Generation(text.strip(), prompt_tokens, len(kept))
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))
 
 
-def _until(pieces: Iterator[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pieces up to the first stop string, also where it spans two pieces."""
-    if not stop:
-        yield from pieces
-        return
-    held, hold = "", max(len(s) for s in stop) - 1
-    for piece in pieces:
-        held += piece
-        ends = [at for at in (held.find(s) for s in stop) if at >= 0]
-        if ends:
-            yield held[: min(ends)]
-            return
-        if len(held) > hold:
-            yield held[: len(held) - hold]
-            held = held[len(held) - hold :]
-    yield held
+def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    if getattr(tokenizer, "chat_template", None):
+        message = [{"role": "user", "content": _PLACEHOLDER}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition(_PLACEHOLDER)
+        return (
+            tokenizer(before, add_special_tokens=False).input_ids,
+            tokenizer(after, add_special_tokens=False).input_ids,
+        )
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    special = takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
+    return [token for token, _ in special], []
 
 
 def _encodable(text: str) -> str:

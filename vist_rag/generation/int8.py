@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from vist_rag.errors import CheckpointError
 
@@ -61,19 +61,21 @@ def load_int8(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
     state: dict[str, Tensor] = {}
-    with safe_open(str(directory / "model.safetensors"), framework="pt") as file:
-        names = set(file.keys())
-        for name in names:
-            if not name.endswith(_SCALE):
-                tensor = file.get_tensor(name)
-                state[name] = tensor.float() * file.get_tensor(name + _SCALE) if name + _SCALE in names else tensor
     try:
+        with safe_open(str(directory / "model.safetensors"), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if not name.endswith(_SCALE):
+                    tensor = file.get_tensor(name)
+                    is_rows = tensor.dtype == torch.int8
+                    state[name] = tensor.float() * file.get_tensor(name + _SCALE) if is_rows else tensor
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"generator in {directory} does not fit its config ({error}).") from error
     # Tied weights are stored once, so their second names are missing by design.
     missing = [name for name in missing if name not in (model.all_tied_weights_keys or {})]
     if missing or unexpected:
         raise CheckpointError(f"generator in {directory} must hold every weight once, got {missing=} {unexpected=}.")
     model.tie_weights()
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model

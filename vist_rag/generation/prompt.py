@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,9 +59,9 @@ class PromptTemplate:
 
     def raw_text(self, passage: Passage) -> str:
         """A passage as the generator reads it raw."""
-        # Not str.format on the passage: braces in its text are its own.
+        # In one go, and not by str.format: braces in a title or a text are its own.
         form = self.raw if passage.title else self.untitled
-        return form.replace("{title}", passage.title).replace("{text}", passage.text)
+        return re.sub(r"\{(title|text)\}", lambda field: str(getattr(passage, field[1])), form)
 
     def build(self, question: str, raw: Sequence[Passage], memories: Sequence[VisualMemory]) -> Prompt:
         """A prompt: memories first, then raw passages with the best last, next to the question.

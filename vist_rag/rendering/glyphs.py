@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vist_rag.errors import CheckpointError, ConfigError, InputError, MissingDependencyError
@@ -30,6 +31,10 @@ DEFAULT_RANGES: tuple[tuple[int, int], ...] = (
     (0x2190, 0x2200),  # arrows
     (0x2200, 0x2300),  # mathematical operators
 )
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
+
+_TABLES = ("advances", "codepoints", "glyph_ids")
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,12 @@ class GlyphAtlas:
         return Glyphs(ids, self.advances[ids], nothing, places, places + 1, nothing.astype(np.uint8))
 
     def save(self, path: str | Path) -> None:
-        """Write the atlas as one safetensors file."""
-        tensors = {
-            "ink": self.ink.contiguous(),
-            "advances": torch.from_numpy(self.advances),
-            "codepoints": torch.from_numpy(self.codepoints),
-            "glyph_ids": torch.from_numpy(self.glyph_ids),
-        }
-        save_file(tensors, str(path), metadata={"format": "pt", "origin": str(self.origin)})
+        """Write the atlas as one safetensors file, whole or not at all."""
+        tensors = {"ink": self.ink.cpu().contiguous()}
+        tensors |= {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in _TABLES}
+        partial = Path(f"{path}.partial")
+        partial.write_bytes(save(tensors, metadata={"format": "pt", "origin": str(self.origin)}))
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> GlyphAtlas:
@@ -104,10 +107,14 @@ class GlyphAtlas:
         try:
             with safe_open(str(path), framework="pt") as file:
                 ink = file.get_tensor("ink")
-                advances, codepoints, glyph_ids = (
-                    file.get_tensor(name).numpy() for name in ("advances", "codepoints", "glyph_ids")
-                )
+                advances, codepoints, glyph_ids = (file.get_tensor(name).numpy() for name in _TABLES)
                 origin = int((file.metadata() or {})["origin"])
+            if ink.dim() != 3 or ink.dtype != torch.uint8 or advances.shape != ink.shape[:1] or advances.min() < 0:
+                raise ValueError("its pictures and advances do not belong together")
+            if codepoints.shape != glyph_ids.shape or not (np.diff(codepoints, prepend=-1) > 0).all():
+                raise ValueError("its code points are not an ascending list with a glyph each")
+            if not len(codepoints) or glyph_ids.min() < 0 or glyph_ids.max() >= len(ink):
+                raise ValueError("its code points name glyphs that it does not have")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"glyph atlas {path} cannot be read ({error}); restore the file, or build it anew with "
@@ -135,41 +142,52 @@ class GlyphAtlas:
             InputError: If a font file is missing or is no font.
             ConfigError: If no font has any code point of ``ranges``.
         """
-        try:
-            from fontTools.ttLib import TTFont, TTLibError
-            from PIL import Image, ImageDraw, ImageFont
-        except ImportError as error:
-            raise MissingDependencyError("Building a glyph atlas", "pillow and fonttools", "fonts") from error
         paths = [fonts] if isinstance(fonts, (str, Path)) else list(fonts)
-        faces = []
-        for path in paths:
-            try:
-                face = ImageFont.truetype(str(path), size_px, layout_engine=ImageFont.Layout.BASIC)
-                with TTFont(str(path), fontNumber=0, lazy=True) as table:
-                    covered = set(table.getBestCmap() or ())
-            except (OSError, TTLibError) as error:
-                raise InputError(f"font {path} cannot be read ({error}); give a TrueType or OpenType file.") from error
-            faces.append((face, covered))
-        wanted = [c for first, last in ranges for c in range(first, last)]
-        chosen = {c: next((f for f, covered in faces if c in covered), None) for c in wanted}
-        drawn = [(c, face) for c, face in sorted(chosen.items()) if face is not None]
+        faces = [_open_face(path, size_px) for path in paths]
+        wanted = sorted({c for first, last in ranges for c in range(first, last)})
+        drawn = [(c, face) for c in wanted if (face := next((f for f, covered in faces if c in covered), None))]
         if not drawn:
-            raise ConfigError(f"ranges must hold a code point that a font covers, got none in {paths}.")
-
-        bounds = np.array([face.getbbox(chr(c), anchor="ls") for c, face in drawn])  # left, top, right, bottom
-        extents = np.concatenate((np.floor(bounds[:, :2]), np.ceil(bounds[:, 2:])), axis=1).astype(int)
-        baseline = best_baseline(-extents[:, 1], extents[:, 3], height_px)
-        origin = max(size_px, -int(extents[:, 0].min()))
-        width = origin + max(int(extents[:, 2].max()), size_px) + 1
-        ink = np.zeros((len(drawn) + 1, height_px, width), np.uint8)
-        advances = np.zeros(len(drawn) + 1, np.int32)
-        box, advances[BOX] = box_picture(size_px)
-        top = max(0, baseline - len(box))
-        ink[BOX, top : top + len(box), origin + 1 : origin + 1 + box.shape[1]] = box
-        for glyph, (c, face) in enumerate(drawn, start=1):
-            picture = Image.new("L", (width, height_px), 0)
-            ImageDraw.Draw(picture).text((origin, baseline), chr(c), fill=255, font=face, anchor="ls")
-            ink[glyph] = np.asarray(picture)
-            advances[glyph] = round(face.getlength(chr(c)))
+            raise ConfigError(f"ranges must hold a code point that a font covers, got none in {[*map(str, paths)]}.")
+        try:
+            ink, advances, origin = _draw([(chr(c), face) for c, face in drawn], size_px, height_px)
+        except OSError as error:
+            raise InputError(f"fonts {[*map(str, paths)]} cannot be drawn ({error}); give sound ones.") from error
         codepoints = np.array([c for c, _ in drawn], np.int32)
         return cls(torch.from_numpy(ink), advances, codepoints, np.arange(1, len(drawn) + 1, dtype=np.int32), origin)
+
+
+def _open_face(path: str | Path, size_px: int) -> tuple[FreeTypeFont, set[int]]:
+    """A font, and the code points that it covers."""
+    try:
+        from fontTools.ttLib import TTFont, TTLibError
+        from PIL import ImageFont
+    except ImportError as error:
+        raise MissingDependencyError("Building a glyph atlas", "pillow and fonttools", "fonts") from error
+    try:
+        face = ImageFont.truetype(str(path), size_px, layout_engine=ImageFont.Layout.BASIC)
+        with TTFont(str(path), fontNumber=0, lazy=True) as table:
+            return face, set(table.getBestCmap() or ())
+    except (OSError, TTLibError, KeyError, struct.error) as error:
+        raise InputError(f"font {path} cannot be read ({error}); give a TrueType or OpenType file.") from error
+
+
+def _draw(chars: list[tuple[str, FreeTypeFont]], size_px: int, height_px: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Pictures and advances of the box and of each character, and the column of their origin."""
+    from PIL import Image, ImageDraw
+
+    bounds = np.array([face.getbbox(char, anchor="ls") for char, face in chars])  # left, top, right, bottom
+    lefts, tops, rights, bottoms = np.concatenate((np.floor(bounds[:, :2]), np.ceil(bounds[:, 2:])), 1).astype(int).T
+    baseline = best_baseline(-tops, bottoms, height_px)
+    origin = max(size_px, -int(lefts.min()))
+    width = origin + max(int(rights.max()), size_px) + 1
+    ink = np.zeros((len(chars) + 1, height_px, width), np.uint8)
+    advances = np.zeros(len(chars) + 1, np.int32)
+    box, advances[BOX] = box_picture(size_px)
+    top = max(0, baseline - len(box))
+    ink[BOX, top : top + len(box), origin + 1 : origin + 1 + box.shape[1]] = box
+    for glyph, (char, face) in enumerate(chars, start=1):
+        picture = Image.new("L", (width, height_px), 0)
+        ImageDraw.Draw(picture).text((origin, baseline), char, fill=255, font=face, anchor="ls")
+        ink[glyph] = np.asarray(picture)
+        advances[glyph] = round(face.getlength(char))
+    return ink, advances, origin

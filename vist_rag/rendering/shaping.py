@@ -63,7 +63,8 @@ class ShapedFont:
         self._faces: list[Any] = []
         sha = hashlib.sha256(repr((uharfbuzz.version_string(), freetype.version(), size_px, height_px)).encode())
         sha.update(language.encode())
-        for path in [fonts] if isinstance(fonts, (str, Path)) else list(fonts):
+        self._paths = [fonts] if isinstance(fonts, (str, Path)) else list(fonts)
+        for path in self._paths:
             try:
                 data = Path(path).read_bytes()
                 face = freetype.Face(str(path))
@@ -75,7 +76,7 @@ class ShapedFont:
             self._fonts.append(font)
             self._faces.append(face)
             sha.update(hashlib.sha256(data).digest())
-        if not self._fonts:
+        if not self._paths:
             raise InputError("fonts must name one font file or more, got none.")
         self.digest = sha.hexdigest()
         """sha256 of everything that changes a pixel, in hexadecimal."""
@@ -191,8 +192,11 @@ class ShapedFont:
     def _draw(self, font: int, glyph: int) -> tuple[int, int, np.ndarray]:
         """Left edge from the origin, rows above the baseline, and picture, uint8 ``[rows, columns]``."""
         slot = self._faces[font].glyph
-        self._faces[font].load_glyph(glyph, self._ft.FT_LOAD_DEFAULT | self._ft.FT_LOAD_NO_BITMAP)
-        slot.render(self._ft.FT_RENDER_MODE_NORMAL)
+        try:
+            self._faces[font].load_glyph(glyph, self._ft.FT_LOAD_DEFAULT | self._ft.FT_LOAD_NO_BITMAP)
+            slot.render(self._ft.FT_RENDER_MODE_NORMAL)
+        except self._ft.FT_Exception as error:
+            raise InputError(f"font {self._paths[font]} cannot be drawn ({error}); give a sound one.") from error
         bitmap = slot.bitmap
         picture = np.array(bitmap.buffer, np.uint8).reshape(bitmap.rows, bitmap.pitch)[:, : bitmap.width]
         return slot.bitmap_left, slot.bitmap_top, picture

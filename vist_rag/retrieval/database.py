@@ -131,7 +131,7 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """As :meth:`reading`; all reads within see one state, whatever other processes write meanwhile."""
+        """As :meth:`reading`, other threads wait; all reads within see one state, whatever other processes write."""
         with self._scope("BEGIN"):
             yield
 

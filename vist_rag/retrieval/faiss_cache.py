@@ -22,7 +22,8 @@ class FaissCache:
     """An ``IndexIDMap2`` whose ids are the row numbers of the store, and the file that it is kept in.
 
     Beside the file lies a JSON file with the generation of the store that it was made from, its factory and its sha256.
-    Both are written to a temporary file and renamed; what does not fit together is not used.
+    Both are written to a temporary file and renamed; what does not fit together is not used. Threads take turns by
+    working within a snapshot or a transaction of the store.
 
     Args:
         path: The FAISS file.

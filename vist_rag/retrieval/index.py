@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,7 +45,6 @@ class PassageIndex:
         self.embedder = embedder
         self._store = store
         self._cache = cache
-        self._lock = threading.RLock()
 
     @classmethod
     def open(
@@ -114,12 +112,11 @@ class PassageIndex:
 
     def close(self) -> None:
         """Write the cache if it is outdated, and close the files; a second call does nothing."""
-        with self._lock:
-            try:
-                if not self._store.closed and not self._store.read_only:
-                    self._save_cache()
-            finally:
-                self._store.close()
+        try:
+            if not self._store.closed and not self._store.read_only:
+                self._save_cache()
+        finally:
+            self._store.close()
 
     def __enter__(self) -> PassageIndex:
         return self
@@ -268,8 +265,8 @@ class PassageIndex:
 
     @contextmanager
     def _fresh_cache(self, top_k: int) -> Iterator[FaissCache]:
-        """The cache as of the present state of the store, which stands still within."""
-        with self._lock, self._store.snapshot():
+        """The cache as of the present state of the store, which stands still within, alone with this thread."""
+        with self._store.snapshot():
             self._cache.refresh(self._store)
             _check_top_k(top_k, len(self._cache))
             yield self._cache

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_model
 from tokenizers import Tokenizer, processors
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -27,6 +27,7 @@ from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
 from vist_rag.training.data import LengthBatches, Question, expand, read_jsonl, read_questions, titled
 from vist_rag.training.export import save_checkpoint
+from vist_rag.training.lexical import LexicalAlignment, lexical_batch
 from vist_rag.training.reading import (
     Example,
     MemoryReading,
@@ -88,7 +89,7 @@ class RecipeRun:
         for stage in self.recipe["stages"]:
             directory = self.output / stage["name"]
             if not (directory / "final" / "model.safetensors").is_file():
-                {"tower": self._tower_stage, "read": self._read_stage}[stage["kind"]](stage, directory, before)
+                self._stages()[stage["kind"]](stage, directory, before)
             before = directory / "final"
         assert before is not None
         compressor, generator = self.parts()
@@ -146,14 +147,39 @@ class RecipeRun:
         if before is not None:
             _load(model, before / "model.safetensors")
         renderer = Renderer(self.atlas, RendererConfig(channels=self.recipe["tower"]["num_channels"]))
-        texts = [titled(p.title, p.text) for p in self.texts()]
-        patches = [min(256, int(len(text) * _PIXELS_PER_CHARACTER / 14) + 1) for text in texts]
-        indices = LengthBatches(patches, budget=stage["patches"], steps=stage["steps"], seed=self.seed)
+        texts, indices = self._text_batches(stage)
 
         def build(some: list[int], _: int) -> dict[str, Any]:
             return reading_batch([texts[i] for i in some], renderer, tokenizer)
 
         train_stage(model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed)
+
+    def _lexical_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
+        compressor, generator = self.parts()
+        reading = MemoryReading(compressor, generator)
+        if before is not None:
+            load_parts(reading, before)
+        compressor.tower.requires_grad_(stage.get("train_tower", False))
+        words = generator.model.get_input_embeddings().weight
+        model = LexicalAlignment(compressor, generator.fusion, words)
+        model.train()
+        tokenizer, _ = self.tokenizer()
+        texts, indices = self._text_batches(stage)
+
+        def build(some: list[int], _: int) -> dict[str, Any]:
+            return lexical_batch([texts[i] for i in some], compressor, tokenizer)
+
+        train_stage(model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed)
+        save_model(reading, str(directory / "final" / "model.safetensors"))
+
+    def _text_batches(self, stage: dict[str, Any]) -> tuple[list[str], LengthBatches]:
+        """All plain text, in batches of ``stage["patches"]`` patches."""
+        texts = [titled(p.title, p.text) for p in self.texts()]
+        patches = [min(256, int(len(text) * _PIXELS_PER_CHARACTER / 14) + 1) for text in texts]
+        return texts, LengthBatches(patches, budget=stage["patches"], steps=stage["steps"], seed=self.seed)
+
+    def _stages(self) -> dict[str, Callable[[dict[str, Any], Path, Path | None], None]]:
+        return {"tower": self._tower_stage, "lexical": self._lexical_stage, "read": self._read_stage}
 
     def _read_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
@@ -162,6 +188,7 @@ class RecipeRun:
         if before is not None:
             load_parts(model, before)
         model.train()
+        compressor.tower.requires_grad_(stage.get("train_tower", False))
         draw = ExampleMix(stage, self.texts(), *self.questions())
 
         def build(_: list[int], step: int) -> dict[str, Any]:
@@ -177,8 +204,9 @@ class ExampleMix:
     """Draws the examples of one batch: one kind of task, windows of one length, so that little is padding.
 
     Args:
-        stage: ``batch``, ``tasks`` (weights), ``words`` (shortest and longest window), ``raw`` (share of batches that show
-            text instead of memory), ``distractors`` (share of questions that show a second passage).
+        stage: ``batch``, ``tasks`` (each with its ``weight`` and ``words``, the shortest and longest window), ``raw``
+            (share of batches that show text instead of memory), ``distractors`` (share of batches of questions that
+            show a second passage).
         texts: Plain text.
         questions: Questions with their passages.
         weights: How often each question is drawn.
@@ -196,9 +224,9 @@ class ExampleMix:
     def __call__(self, rng: random.Random) -> list[Example]:
         """A batch of examples."""
         stage = self.stage
-        task = rng.choices(list(stage["tasks"]), list(stage["tasks"].values()))[0]
+        task = rng.choices(list(stage["tasks"]), [task["weight"] for task in stage["tasks"].values()])[0]
         raw = rng.random() < stage.get("raw", 0.0)
-        longest = rng.randint(*stage["words"])
+        longest = rng.randint(*stage["tasks"][task]["words"])
         words = (max(1, longest * 2 // 3), longest)
         count = stage["batch"]
         if task == "answer":
@@ -317,6 +345,7 @@ def _generator(
         model_max_length=config.max_position_embeddings,
     )
     fusion = SoftPromptFusion(FusionConfig(memory_width, config.hidden_size, hidden_width=projector_width))
+    fusion.match_scale(model.get_input_embeddings().weight)
     return VistGenerator(model, wrapped, fusion)
 
 

@@ -12,9 +12,7 @@ from vist_rag.rendering.raster import Sheet
 from vist_rag.rendering.typeface import Pictures
 
 
-def draw_slowly(
-    pictures: Pictures, glyphs: list[tuple[int, int, int, int]], pages: int, width: int
-) -> np.ndarray:
+def draw_slowly(pictures: Pictures, glyphs: list[tuple[int, int, int, int]], pages: int, width: int) -> np.ndarray:
     """Glyphs are (page, x, offset, id): each lays all of its ink on its page, the darker pixel wins."""
     ink = pictures.ink.numpy()
     strips = np.zeros((pages, width, ink.shape[1]), np.uint8)

@@ -47,6 +47,18 @@ class SoftPromptFusion(nn.Module):
         """A fusion for a generator that reads no memory: it refuses every memory."""
         return cls(FusionConfig(1, generator_width, hidden_width=1, fingerprint="none: this generator has no fusion"))
 
+    @torch.no_grad()
+    def match_scale(self, embeddings: Tensor) -> None:
+        """Make soft prompts as large as the generator's token embeddings, ``[v, d_llm]``, before training.
+
+        Larger ones drown the position embeddings that some models add to their input: nothing is learned for hundreds
+        of steps.
+        """
+        probe = self.projector(torch.randn(256, self.config.memory_width, generator=torch.Generator().manual_seed(0)))
+        self.projector[-1].weight.mul_(embeddings.std() / probe.std())
+        self.projector[-1].bias.zero_()
+        self.boundaries.mul_(embeddings.std() / self.boundaries.std())
+
     @property
     def boundary_tokens(self) -> int:
         """Positions that each memory takes beside its latents."""
@@ -131,6 +143,6 @@ class SoftPromptFusion(nn.Module):
                 raise CheckpointError(f"fusion in {directory} must be 'soft_prompt', got {kind!r}.")
             fusion = cls(FusionConfig(**fields))
             fusion.load_state_dict(load_file(str(directory / "model.safetensors")))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"fusion in {directory} cannot be read ({error}); restore its files.") from error
         return fusion

@@ -1,0 +1,212 @@
+"""What every fusion keeps, with every family of generators."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tests.support.causal import FAMILIES, causal_generator
+from torch import Tensor, nn
+
+from vist_rag.compression import VisualMemory
+from vist_rag.config import FusionConfig
+from vist_rag.errors import CheckpointError, IncompatibleMemoryError, ShapeError
+from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+
+QUESTION = TextSegment("question when was the bridge built answer")
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def generator(request: pytest.FixtureRequest) -> VistGenerator:
+    return causal_generator(request.param)
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def transparent(request: pytest.FixtureRequest) -> VistGenerator:
+    """A generator whose memories are token embeddings: what it reads as memory it could have read as text."""
+    generator = causal_generator(request.param, memory_width=32)
+    generator.fusion.projector = nn.Identity()
+    generator.fusion.boundaries = nn.Parameter(torch.empty(0, 32))
+    return generator
+
+
+def memory(n: int, seed: int = 1, width: int = 16) -> VisualMemory:
+    return VisualMemory(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), "compressor")
+
+
+def reading(n: int, seed: int = 1) -> Prompt:
+    return Prompt((TextSegment("document "), MemorySegment(memory(n, seed)), QUESTION))
+
+
+def embedded(generator: VistGenerator, text: str) -> VisualMemory:
+    table = generator.model.get_input_embeddings()
+    return VisualMemory(table(generator.tokenize(text)).detach(), "compressor")
+
+
+def as_ids(generator: VistGenerator, *texts: str) -> Tensor:
+    before, after = generator.frame
+    parts = [generator.ids(before), *(generator.tokenize(text) for text in texts), generator.ids(after)]
+    return torch.cat(parts)[None]
+
+
+@torch.no_grad()
+def full_logits(generator: VistGenerator, inputs: dict[str, Tensor], answers: Tensor) -> Tensor:
+    """One forward pass over prompts and answers together, without a cache: logits of the answers' tokens."""
+    embeds = torch.cat((inputs["inputs_embeds"], generator.model.get_input_embeddings()(answers)), dim=1)
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(answers)), dim=1)
+    extra: dict[str, Any] = {}
+    if isinstance(generator.model, PrefixBertForCausalLM):
+        extra["prefix_mask"] = torch.arange(mask.shape[1]).expand_as(mask) < inputs["attention_mask"].shape[1]
+    else:
+        extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = generator.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **extra).logits
+    return logits[:, inputs["attention_mask"].shape[1] - 1 : -1]
+
+
+@torch.no_grad()
+def test_memory_of_text_embeddings_reads_as_the_text_itself(transparent: VistGenerator) -> None:
+    texts = ("the old bridge", "was built in 1867 by marie", "question when answer")
+    prompt = Prompt((TextSegment(texts[0]), MemorySegment(embedded(transparent, texts[1])), TextSegment(texts[2])))
+    ids = as_ids(transparent, *texts)
+    with transparent.fusion.condition(transparent, [prompt]) as inputs:
+        logits = transparent.model(**inputs).logits
+        soft = transparent.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    torch.testing.assert_close(logits, transparent.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    hard = transparent.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    assert soft.tolist() == hard[:, ids.shape[1] :].tolist()
+    answer = transparent.generate([prompt], max_new_tokens=8)[0]
+    assert answer.text == transparent.tokenizer.decode(soft[0], skip_special_tokens=True).strip()
+    assert answer.prompt_tokens == ids.shape[1] == transparent.prompt_length(prompt)
+    assert len(set(hard[0, ids.shape[1] :].tolist())) > 2  # not a model that says one thing only
+
+
+def test_beams_read_memory_as_they_read_text(transparent: VistGenerator) -> None:
+    texts = ("the river runs", "from a lake to the sea", "question where answer")
+    prompt = Prompt((TextSegment(texts[0]), MemorySegment(embedded(transparent, texts[1])), TextSegment(texts[2])))
+    ids = as_ids(transparent, *texts)
+    soft = transparent.generate([prompt], max_new_tokens=6, num_beams=3)[0]
+    hard = transparent.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=3)
+    assert soft.text == transparent.tokenizer.decode(hard[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_another_memory_is_another_prompt(generator: VistGenerator) -> None:
+    prompts = [reading(5, seed=1), reading(5, seed=2), Prompt((TextSegment("document "), QUESTION))]
+    last = []
+    for prompt in prompts:
+        with generator.fusion.condition(generator, [prompt]) as inputs:
+            last.append(generator.model(**inputs).logits[0, -1])
+    assert (last[0] - last[1]).abs().max() > 1e-2
+    assert (last[0] - last[2]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_batch_reads_as_one_by_one(generator: VistGenerator) -> None:
+    prompts = [reading(9), Prompt((QUESTION,)), reading(1, seed=3), Prompt((TextSegment("the sea"), *reading(4).segments))]
+    with generator.fusion.condition(generator, prompts) as inputs:
+        assert inputs["attention_mask"].sum(1).tolist() == [generator.prompt_length(p) for p in prompts]
+        together = generator.model.generate(
+            **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+        )
+    for row, prompt in enumerate(prompts):
+        with generator.fusion.condition(generator, [prompt]) as inputs:
+            alone = generator.model.generate(
+                **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        for ours, theirs in zip(together.logits, alone.logits, strict=False):  # alone may end sooner
+            torch.testing.assert_close(ours[row], theirs[0], atol=1e-4, rtol=1e-4)
+    separate = [generator.generate([prompt], max_new_tokens=5)[0] for prompt in prompts]
+    assert generator.generate(prompts, max_new_tokens=5) == separate
+    assert generator.generate(prompts, max_new_tokens=5, batch_size=3) == separate
+
+
+@torch.no_grad()
+def test_cached_generation_equals_a_full_forward(generator: VistGenerator) -> None:
+    with generator.fusion.condition(generator, [reading(7), reading(2, seed=4)]) as inputs:
+        out = generator.model.generate(
+            **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        assert out.sequences.shape == (2, 6)
+        expected = full_logits(generator, inputs, out.sequences)
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_left_behind_by_an_exception(generator: VistGenerator) -> None:
+    before = generator.generate([reading(3)], max_new_tokens=4)
+    weights = {name: tensor.clone() for name, tensor in generator.model.state_dict().items()}
+    attributes = {id(m): set(vars(m)) for m in (*generator.model.modules(), *generator.fusion.modules())}
+    with pytest.raises(RuntimeError, match="on purpose"), generator.fusion.condition(generator, [reading(6, seed=8)]):
+        raise RuntimeError("on purpose")
+    with pytest.raises(ShapeError):
+        generator.generate([Prompt((MemorySegment(memory(2, width=5)),))])
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in generator.model.state_dict().items())
+    assert {id(m): set(vars(m)) for m in (*generator.model.modules(), *generator.fusion.modules())} == attributes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in generator.model.modules())
+    assert generator.generate([reading(3)], max_new_tokens=4) == before
+    assert generator.generate([Prompt((QUESTION,))]) != before
+
+
+def test_threads_do_not_mix(generator: VistGenerator) -> None:
+    prompts = [reading(n, seed=n) for n in range(1, 7)]
+    alone = [generator.generate([prompt], max_new_tokens=4, stop=["zz"])[0] for prompt in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        at_once = list(threads.map(lambda p: generator.generate([p], max_new_tokens=4, stop=["zz"])[0], prompts * 2))
+    assert at_once == alone * 2
+
+
+def test_memory_of_another_compressor_is_refused(generator: VistGenerator) -> None:
+    bound = VistGenerator(
+        generator.model, generator.tokenizer, SoftPromptFusion(FusionConfig(16, 32, 8, fingerprint="0123456789abcdef"))
+    )
+    with pytest.raises(IncompatibleMemoryError, match="compressor 0123456789ab .* got compressor"):
+        bound.generate([reading(3)])
+    own = VisualMemory(memory(3).latents, "0123456789abcdef")
+    assert bound.generate([Prompt((MemorySegment(own), QUESTION))])[0].completion_tokens > 0
+    with pytest.raises(IncompatibleMemoryError):
+        VistGenerator(generator.model, generator.tokenizer).generate([reading(3)])
+
+
+def test_widths_must_fit(generator: VistGenerator) -> None:
+    with pytest.raises(ShapeError, match="latents must be 16 wide, got 5"):
+        generator.generate([Prompt((MemorySegment(memory(2, width=5)), QUESTION))])
+    with pytest.raises(ShapeError, match="generator's width, 32, got 48"):
+        VistGenerator(generator.model, generator.tokenizer, SoftPromptFusion(FusionConfig(16, 48)))
+
+
+# ------------------------------------------------------------------------------------------------- saving and loading
+
+
+def test_fusion_survives_a_round_trip(tmp_path: Any) -> None:
+    fusion = SoftPromptFusion(FusionConfig(16, 32, hidden_width=8, fingerprint="abc"))
+    fusion.save_pretrained(tmp_path)
+    loaded = SoftPromptFusion.from_pretrained(tmp_path)
+    assert loaded.config == fusion.config
+    latents = memory(4).latents
+    torch.testing.assert_close(loaded.project(latents), fusion.project(latents), atol=2e-2, rtol=2e-2)  # bf16
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(SoftPromptFusion.from_pretrained(tmp_path / "again").project(latents), loaded.project(latents))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", None),
+        ("config.json", b'{"fusion": "soft_pro'),
+        ("config.json", b"[]"),
+        ("config.json", b'"soft_prompt"'),
+        ("config.json", b'{"fusion": "cross_attention"}'),
+        ("config.json", b'{"fusion": "soft_prompt", "memory_width": 0, "generator_width": 32}'),
+        ("config.json", b'{"fusion": "soft_prompt", "memory_width": 16, "generator_width": 32, "spin": 2}'),
+        ("config.json", b'{"fusion": "soft_prompt", "memory_width": 17, "generator_width": 32, "hidden_width": 8}'),
+        ("model.safetensors", None),
+        ("model.safetensors", b"\x10\x00"),
+    ],
+)
+def test_a_damaged_fusion_is_refused(tmp_path: Any, file: str, content: bytes | None) -> None:
+    SoftPromptFusion(FusionConfig(16, 32, hidden_width=8)).save_pretrained(tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
+    with pytest.raises(CheckpointError, match="fusion in"):
+        SoftPromptFusion.from_pretrained(tmp_path)
