@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from vist_rag.budget import Budget
 from vist_rag.compression import VistCompressor
 from vist_rag.errors import ConfigError, InputError, VistError
@@ -224,6 +226,7 @@ def run(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 after one line that says what is wrong."""
     options = parse(arguments)
+    logging.disable_progress_bar()  # of loading weights
     try:
         run(options)
     except (VistError, OSError) as error:

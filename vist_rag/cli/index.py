@@ -217,9 +217,9 @@ def _report(
 def _show(report: dict[str, Any]) -> None:
     passages, memories, files = report["passages"], report["memories"], report["files"]
     low, skipped, left_out = report["low_coverage"], files["skipped"], files["left_out"]
+    changes = f"{passages['added']:,} new or changed, {passages['unchanged']:,} as they were"
     lines = [
-        f"{report['index']}: {count(passages['in_index'], 'passage')}; "
-        + f"{passages['added']:,} new or changed, {passages['unchanged']:,} as they were, in {report['seconds']:.1f} s"
+        f"{report['index']}: {count(passages['in_index'], 'passage')}; {changes}, in {report['seconds']:.1f} s",
     ]
     if memories["fingerprint"]:
         lines.append(

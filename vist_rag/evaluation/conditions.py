@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from vist_rag.compression import VisualMemory, VistCompressor
 from vist_rag.errors import ConfigError
 from vist_rag.evaluation.metrics import METRICS, bootstrap_interval
-from vist_rag.generation import Prompt, PromptTemplate, VistGenerator
+from vist_rag.generation import MemorySegment, Prompt, PromptTemplate, VistGenerator
 from vist_rag.types import Passage
 
 CONDITIONS = ("memory", "raw", "closed_book", "shuffled_memory")
@@ -41,8 +41,8 @@ def evaluate_conditions(
 ) -> dict[str, Any]:
     """Answer every question under every condition.
 
-    ``memory`` and ``shuffled_memory`` are measured once for each number of latents. Shuffled memory is the memory of
-    the passages of the next question but so many, so that its length and kind are right and its content is not.
+    ``memory`` and ``shuffled_memory`` are measured once for each number of latents. Shuffled memory is that of another
+    question's passages, none of them the right one, so that its length and kind are right and its content is not.
 
     Args:
         compressor: Makes the memories.
@@ -57,21 +57,28 @@ def evaluate_conditions(
     Returns:
         ``{"figures": {name: figures}, "rows": [...]}``: EM, F1 and substring match in 0..1 with 95 % bootstrap
         intervals, tokens and ratio for each condition, and a row for each question and condition.
+    Raises:
+        ConfigError: If a condition is unknown, there are no questions, or all of them share a passage where memory is
+            to be shuffled.
     """
     unknown = set(conditions) - set(CONDITIONS)
     if unknown:
         raise ConfigError(f"conditions must be among {', '.join(CONDITIONS)}, got {', '.join(sorted(unknown))}.")
+    if not questions:
+        raise ConfigError("questions must hold at least one, got none.")
     template = template or PromptTemplate()
     passages = {p.id: p for q in questions for p in q.passages}
     made = compressor.encode([p.content for p in passages.values()], progress=progress)
     memories = dict(zip(passages, made, strict=True))
-    shift = max(1, len(questions) // 2 - 1)
+    strangers = _strangers(questions) if "shuffled_memory" in conditions else []
     runs: dict[str, list[Prompt]] = {}
     for name in conditions:
         for n in latents if "memory" in name else (None,):
             key = name if n is None else f"{name}@{n}"
+            shown = strangers if name == "shuffled_memory" else questions
             runs[key] = [
-                _prompt(name, i, questions, memories, template, n, shift=shift) for i in range(len(questions))
+                _prompt(name, question.question, read.passages, memories, template, n)
+                for question, read in zip(questions, shown, strict=True)
             ]
     rows: list[dict[str, Any]] = []
     figures: dict[str, dict[str, Any]] = {}
@@ -102,24 +109,30 @@ def evaluate_conditions(
     return {"figures": figures, "rows": rows}
 
 
+def _strangers(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
+    """For each question another one, far away in the list, that shares no passage with it."""
+    shift, n = max(1, len(questions) // 2 - 1), len(questions)
+    read = [{p.id for p in question.passages} for question in questions]
+    found = [next((j % n for j in range(i + shift, i + shift + n) if not read[i] & read[j % n]), None) for i in range(n)]
+    if None in found:
+        raise ConfigError("shuffled_memory must have questions about different passages, got one passage for all.")
+    return [questions[j] for j in found if j is not None]
+
+
 def _prompt(
     name: str,
-    i: int,
-    questions: Sequence[EvalQuestion],
+    question: str,
+    passages: Sequence[Passage],
     memories: Mapping[str, VisualMemory],
     template: PromptTemplate,
     latents: int | None,
-    *,
-    shift: int,
 ) -> Prompt:
-    question = questions[i]
     if name == "raw":
-        return template.build(question.question, question.passages, [])
+        return template.build(question, passages, [])
     if name == "closed_book":
-        return template.build(question.question, [], [])
-    shown = question if name == "memory" else questions[(i + shift) % len(questions)]
-    read = [memories[p.id] for p in shown.passages]
-    return template.build(question.question, [], read if latents is None else [m.coarsen(latents) for m in read])
+        return template.build(question, [], [])
+    read = [memories[p.id] for p in passages]
+    return template.build(question, [], read if latents is None else [m.coarsen(latents) for m in read])
 
 
 def _tokens(
@@ -132,7 +145,7 @@ def _tokens(
     if key == "raw":
         return origin, origin
     frame = generator.count_tokens(template.memory) + generator.fusion.boundary_tokens
-    return origin, prompt.memory_tokens + frame * len(question.passages)
+    return origin, prompt.memory_tokens + frame * sum(isinstance(s, MemorySegment) for s in prompt.segments)
 
 
 def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from vist_rag.rendering.typeface import Pictures, Typeface
 
 __all__ = ["Pages", "Renderer"]
 
-_CHUNK = 8
-"""Pages drawn at a time on the CPU: what is in between stays in its caches."""
+_CHUNK = 32
+"""Pages drawn at a time on the CPU: few enough for its caches, enough that threads rarely wait for each other."""
 
 
 class Renderer:
@@ -85,7 +85,7 @@ class Renderer:
         square = torch.empty((p, 1, side, side), device=self._device)
         arrays = (lines.glyphs, lines.x, lines.advances, lines.offsets, lines.pages)
         boxes = torch.from_numpy(np.stack(arrays, dtype=np.int32)).to(self._device)  # [5, g], one transfer
-        chunk = _CHUNK if self._device.type == "cpu" else 32 * _CHUNK
+        chunk = _CHUNK if self._device.type == "cpu" else 16 * _CHUNK
         for begin in range(0, p, chunk):
             end = min(begin + chunk, p)
             rows = -(-int(lines.widths[begin:end].max(initial=0)) // side)  # rows of the square that hold text

@@ -129,7 +129,7 @@ def test_an_answer_ends_before_a_stop_string(generator: VistGenerator) -> None:
 
 def test_answers_of_a_batch_stop_and_count_by_themselves(generator: VistGenerator) -> None:
     _, text = long_answer(generator)
-    stop = [text[3:5]]
+    stop = [text[len(text) // 2 :][:4]]
     alone = [generator.generate([prompt], max_new_tokens=8, stop=stop)[0] for prompt in PROMPTS]
     assert generator.generate(PROMPTS, max_new_tokens=8, stop=stop) == alone
     assert len({answer.completion_tokens for answer in alone}) > 1  # else nothing was padded
@@ -150,7 +150,7 @@ def test_every_end_token_of_the_model_ends_an_answer() -> None:
 
 def test_stream_is_what_generate_says(generator: VistGenerator) -> None:
     _, text = long_answer(generator)
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:2]:
         for stop in ((), (text[4:6],)):
             whole = generator.generate([prompt], max_new_tokens=8, stop=stop)[0]
             stream, pieces = generator.stream(prompt, max_new_tokens=8, stop=stop), []

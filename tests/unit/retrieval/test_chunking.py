@@ -156,7 +156,7 @@ def test_html_is_read_as_a_browser_shows_it(tmp_path: Path) -> None:
     )
     (passage,) = read_passages(written(tmp_path / "a.html", html))
     assert passage.title == "Sea & Storm"
-    assert passage.text == "Head\n\nOne bold word.\n\nitem\n\na b\x\nend\n\nx\n  y"
+    assert passage.text == "Head\n\nOne bold word.\n\nitem\n\na b\nc\n\nîle\nend\n\nx\n  y"
 
 
 def test_html_title_falls_back_to_heading_then_stem_and_charset_is_obeyed(tmp_path: Path) -> None:
