@@ -6,7 +6,7 @@ Speed: the passages of the demo corpus, drawn by the renderer (text to normalise
 by Pillow (``ImageDraw.text`` with basic layout on the same strips, already broken into pages, then scaled, normalised
 and folded by numpy), in alternating rounds of one run. Pixels: every glyph of the embedded atlas, and every page,
 against what Pillow draws with the fonts that the atlas was built from: Noto Sans, Noto Sans Math, Noto Sans Symbols
-(Debian: fonts-noto-core). Without these fonts the pixels are not compared, and Pillow's own font stands in for the speed.
+(Debian: fonts-noto-core). Without these fonts no pixels are compared, and Pillow's own font stands in for the speed.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def compare_glyphs(atlas: GlyphAtlas, paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def compare_pages(texts: Sequence[str], atlas: GlyphAtlas, path: Path) -> dict[str, Any]:
-    """Every page that one font covers against Pillow's line; where glyphs overlap, Pillow blends, we take the darker."""
+    """Every page that one font covers against Pillow's line; where glyphs overlap, it blends, we take the darker."""
     lines = set_lines(texts, atlas, CONFIG.page_width_px)
     font = ImageFont.truetype(str(path), SIZE_PX, layout_engine=ImageFont.Layout.BASIC)
     has = set(TTFont(path, lazy=True).getBestCmap())

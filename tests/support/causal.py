@@ -85,4 +85,9 @@ def causal_generator(family: str, *, memory_width: int = 16, seed: int = 0) -> V
         )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    if family in ("gpt2", "qwen3"):  # half characters and control characters make poor answers
+        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        model.generation_config.suppress_tokens = [
+            i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable())
+        ]
     return VistGenerator(model, tokenizer, SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32)))

@@ -22,7 +22,7 @@ from vist_rag.cli import app
 from vist_rag.retrieval.embedder import DEFAULT_MODEL
 
 ROOT = Path(__file__).parents[2]
-SLOW_S = 0.1
+SLOW_S = 0.4
 """What a batch takes the slow embedder: long enough for a test to interrupt between two."""
 
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, DynamicCache
+from transformers import initialization as init
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class PrefixBertConfig(BertConfig):  # type: ignore[misc]
@@ -23,10 +27,38 @@ class PrefixBertConfig(BertConfig):  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
 
+class CopyAttention(nn.Module):
+    """Writes what it points at: attention from the words to be written over the *input embeddings* of what was read.
+
+    Output embeddings are the input embeddings, so a position that is pointed at raises the words that it looks like,
+    seen in training or not; and a soft-prompt position is an input embedding like any other. Source: the pointer of
+    arXiv:1704.04368, on embeddings in the place of token ids.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.gain = nn.Parameter(torch.empty(width))
+
+    def forward(self, queries: Tensor, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int) -> Tensor:
+        """States to be written from ``[b, q, d]``, states read ``[b, t, d]``, their embeddings, mask ``[b, 1, q, k]``."""
+        keys, values = self.key(states)[:, None], embeddings[:, None]
+        if cache is not None:
+            keys, values = cache.update(keys, values, layer)
+        pointed = F.scaled_dot_product_attention(self.query(queries)[:, None], keys, values, attn_mask=mask)
+        return self.gain * pointed[:, 0]
+
+
 class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
     """BERT with a language-model head and a prefix mask; works with ``generate`` like any causal LM."""
 
     config_class = PrefixBertConfig
+
+    def __init__(self, config: PrefixBertConfig) -> None:
+        super().__init__(config)
+        self.copy = CopyAttention(config.hidden_size)
+        self.post_init()
 
     def forward(
         self,
@@ -35,10 +67,13 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
         position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As ``BertLMHeadModel.forward``, but for the mask.
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, ``[b, t, v]``, and the cache.
 
         Args:
             input_ids: int64 ``[b, t]``, or None.
@@ -46,9 +81,12 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
             inputs_embeds: float ``[b, t, d_llm]``, instead of ``input_ids``.
             past_key_values: Cache of what was read.
             position_ids: int64 ``[b, t]``; None counts tokens, so that left padding shifts nothing.
+            token_type_ids: int64 ``[b, t]``; None means 0 everywhere.
             prefix_mask: True where a position belongs to the prompt, bool ``[b, t]``; the prompt is read in both
                 directions, the rest from left to right. None: all of the first forward pass is prompt.
-            **kwargs: Passed on.
+            use_cache: Keep keys and values.
+            logits_to_keep: Logits of so many last positions only; 0 means all.
+            **_: What ``generate`` passes to every model.
         """
         given = inputs_embeds if inputs_embeds is not None else input_ids
         assert given is not None
@@ -66,14 +104,37 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
             # A padding row attends to itself: a softmax over nothing is NaN.
             seen = seen | torch.eye(past + length, dtype=torch.bool, device=given.device)[None, past:]
             attention_mask = seen[:, None]
-        return super().forward(
+        cache = self._cache(past_key_values, use_cache=use_cache)
+        states = self.bert(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             position_ids=position_ids,
-            **kwargs,
-        )
+            token_type_ids=token_type_ids,
+            use_cache=cache is not None,
+        ).last_hidden_state
+        embeddings = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
+        kept = states[:, -logits_to_keep:] if logits_to_keep else states
+        mask = attention_mask[:, :, -kept.shape[1] :]
+        copied = self.copy(kept, states, embeddings, mask, cache, self.config.num_hidden_layers)
+        head = self.cls.predictions
+        return CausalLMOutputWithPast(logits=head.decoder(head.transform(kept) + copied), past_key_values=cache)
+
+    def _cache(self, cache: Any, *, use_cache: bool | None) -> Any:
+        """The cache with a layer for what may be copied; None where none is kept."""
+        if cache is None:
+            if not use_cache:
+                return None
+            cache = DynamicCache(config=self.config)
+        while len(cache.layers) <= self.config.num_hidden_layers:
+            cache.layers.append(DynamicLayer())
+        return cache
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CopyAttention):
+            init.constant_(module.gain, 10.0)
 
     @staticmethod
     def _prompt(prefix_mask: Tensor | None, present: Tensor, past: int) -> Tensor:

@@ -107,10 +107,10 @@ class Renderer:
             ink.div_(255).neg_().add_(1)
             return
         # Sums over a patch are whole numbers below 2 ** 24 (up to 16 px), so every order of adding gives the same bits.
-        count = mask.sum(1).double() * ink.shape[2]
-        total = (ink.sum(2) * mask).double().sum(1)
-        squares = (ink.square().sum(2) * mask).double().sum(1)
-        mean = total / count.clamp(min=1)
-        variance = squares / count.clamp(min=1) - mean.square()
-        scale = -1 / (255 * (variance / 255**2 + 1e-5).sqrt())
-        ink.sub_(mean.float()[:, None, None]).mul_((scale.float()[:, None] * mask)[:, :, None])
+        # The few numbers a page that follow from them are worked out on the CPU, in float64, which some devices lack.
+        total, squares = ((part.sum(2) * mask).long().sum(1).cpu().double() for part in (ink, ink.square()))
+        count = (mask.sum(1).cpu() * ink.shape[2]).clamp(min=1)
+        mean = total / count
+        scale = -1 / (255 * ((squares / count - mean.square()) / 255**2 + 1e-5).sqrt())
+        mean, scale = mean.float().to(ink.device), scale.float().to(ink.device)
+        ink.sub_(mean[:, None, None]).mul_((scale[:, None] * mask)[:, :, None])

@@ -184,11 +184,13 @@ class RecipeRun:
     def _read_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
         rates = {float(rate): float(weight) for rate, weight in stage["rates"].items()}
-        model = MemoryReading(compressor, generator, rates=rates)
+        model = MemoryReading(compressor, generator, rates=rates, ideal=stage.get("ideal", False))
         if before is not None:
             load_parts(model, before)
         model.train()
         compressor.tower.requires_grad_(stage.get("train_tower", False))
+        # Memory was taught these embeddings; they stay.
+        generator.model.get_input_embeddings().requires_grad_(False)
         draw = ExampleMix(stage, self.texts(), *self.questions())
 
         def build(_: list[int], step: int) -> dict[str, Any]:
@@ -196,7 +198,13 @@ class RecipeRun:
             return model.batch(draw(rng), rng)
 
         train_stage(
-            model, _Steps(stage["steps"]), build, directory, learning_rate=stage["learning_rate"], seed=self.seed
+            model,
+            _Steps(stage["steps"]),
+            build,
+            directory,
+            learning_rate=stage["learning_rate"],
+            seed=self.seed,
+            schedule=stage.get("schedule", "cosine"),
         )
 
 
