@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from vist_rag.budget import Budget, Plan
-from vist_rag.compression import VisualMemory, VistCompressor
+from vist_rag.compression import VistCompressor, VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError
 from vist_rag.generation import Generation, Prompt, PromptTemplate, VistGenerator, best_device
 from vist_rag.retrieval import PassageIndex
@@ -81,7 +81,9 @@ class VistRAG:
         try:
             own, template = Budget(**settings.get("budget", {})), PromptTemplate(**settings.get("template", {}))
         except (TypeError, ConfigError) as error:
-            raise CheckpointError(f"{directory / SETTINGS_FILE} is not of this version ({error}); restore it.") from error
+            raise CheckpointError(
+                f"{directory / SETTINGS_FILE} is not of this version ({error}); restore it."
+            ) from error
         return cls(
             index,
             load_compressor(directory, device=device),
@@ -204,9 +206,7 @@ class AnswerStream:
     def __iter__(self) -> Iterator[str]:
         rag = self._rag
         with self._clock("generate"):
-            generation = yield from rag.generator.stream(
-                self._prompt, max_new_tokens=rag.max_new_tokens, stop=rag.stop
-            )
+            generation = yield from rag.generator.stream(self._prompt, max_new_tokens=rag.max_new_tokens, stop=rag.stop)
         self.answer = rag._answer(self._question, generation, self._plan, self._prompt, self._clock.timings_ms())
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.causal import FAMILIES, causal_generator
 from torch import Tensor, nn
 
+from tests.support.causal import FAMILIES, causal_generator
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, IncompatibleMemoryError, ShapeError
@@ -105,11 +105,21 @@ def test_another_memory_is_another_prompt(generator: VistGenerator) -> None:
 
 @torch.no_grad()
 def test_a_batch_reads_as_one_by_one(generator: VistGenerator) -> None:
-    prompts = [reading(9), Prompt((QUESTION,)), reading(1, seed=3), Prompt((TextSegment("the sea"), *reading(4).segments))]
+    prompts = [
+        reading(9),
+        Prompt((QUESTION,)),
+        reading(1, seed=3),
+        Prompt((TextSegment("the sea"), *reading(4).segments)),
+    ]
     with generator.fusion.condition(generator, prompts) as inputs:
         assert inputs["attention_mask"].sum(1).tolist() == [generator.prompt_length(p) for p in prompts]
         together = generator.model.generate(
-            **inputs, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0
+            **inputs,
+            max_new_tokens=5,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
         )
     for row, prompt in enumerate(prompts):
         with generator.fusion.condition(generator, [prompt]) as inputs:
@@ -127,7 +137,12 @@ def test_a_batch_reads_as_one_by_one(generator: VistGenerator) -> None:
 def test_cached_generation_equals_a_full_forward(generator: VistGenerator) -> None:
     with generator.fusion.condition(generator, [reading(7), reading(2, seed=4)]) as inputs:
         out = generator.model.generate(
-            **inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            **inputs,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         assert out.sequences.shape == (2, 6)
         expected = full_logits(generator, inputs, out.sequences)
@@ -161,7 +176,7 @@ def test_memory_of_another_compressor_is_refused(generator: VistGenerator) -> No
     bound = VistGenerator(
         generator.model, generator.tokenizer, SoftPromptFusion(FusionConfig(16, 32, 8, fingerprint="0123456789abcdef"))
     )
-    with pytest.raises(IncompatibleMemoryError, match="compressor 0123456789ab .* got compressor"):
+    with pytest.raises(IncompatibleMemoryError, match=r"compressor 0123456789ab .* got compressor"):
         bound.generate([reading(3)])
     own = VisualMemory(memory(3).latents, "0123456789abcdef")
     assert bound.generate([Prompt((MemorySegment(own), QUESTION))])[0].completion_tokens > 0

@@ -20,7 +20,7 @@ from tests.support.tiny import save_tiny_checkpoint
 from vist_rag.cli import terminal
 from vist_rag.errors import InputError
 
-COMMANDS = ("ask", "demo", "index", "info", "render")
+COMMANDS = ("ask", "demo", "index", "info", "render", "train")
 
 
 @pytest.fixture(scope="module", autouse=True)

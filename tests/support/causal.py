@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import torch
-from tests.support.tiny import WORDS, tiny_generator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +15,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from tests.support.tiny import WORDS, tiny_generator
 from vist_rag.config import FusionConfig
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 
@@ -47,7 +47,9 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>"]
-    core.train_from_iterator([WORDS] * 3, trainers.BpeTrainer(vocab_size=140, special_tokens=special, show_progress=False))
+    core.train_from_iterator(
+        [WORDS] * 3, trainers.BpeTrainer(vocab_size=140, special_tokens=special, show_progress=False)
+    )
     state = json.loads(core.to_str())
     vocabulary = state["model"]["vocab"]
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}

@@ -17,7 +17,9 @@ from vist_rag.rendering import GlyphAtlas
 from vist_rag.training.export import save_checkpoint
 
 ATLAS = Path(__file__).parents[2] / "vist_rag" / "assets" / "noto-sans-10px.safetensors"
-WORDS = "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie question answer document"
+WORDS = (
+    "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie question answer document"
+)
 TOWER: dict[str, Any] = {
     "model_type": "vit",
     "hidden_size": 32,

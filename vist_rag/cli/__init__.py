@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, demo, index, info, render
+from vist_rag.cli import ask, demo, index, info, render, train
 
 app = typer.Typer(
     name="vist-rag",
@@ -48,6 +48,7 @@ for _command, _examples in (
         render.render,
         ("vist-rag render 'Text as the model sees it.' -o page.png", "vist-rag render - -o page.png < notes.txt"),
     ),
+    (train.train, ("vist-rag train embedded --data DIR --output runs/embedded",)),
     (info.info, ("vist-rag info --index my-index --json",)),
 ):
     app.command(epilog="\n\n".join(f"Example: {example}" for example in _examples))(_command)

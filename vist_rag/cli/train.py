@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli.terminal import command, out
+from vist_rag.cli.terminal import Interrupted, command, out
 
 
 @command
@@ -24,5 +24,8 @@ def train(
     """
     from vist_rag.training.recipe import RecipeRun, load_recipe
 
-    model = RecipeRun(load_recipe(recipe), data, output).run()
+    try:
+        model = RecipeRun(load_recipe(recipe), data, output).run()
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"the checkpoints in {output} are kept; repeat the command to go on.") from error
     out.print(f"The model is in {model}; give it to any command as --model {model}.", soft_wrap=True)

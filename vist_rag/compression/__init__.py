@@ -8,4 +8,4 @@ from vist_rag.compression.memory import VisualMemory
 AutoConfig.register(VistConfig.model_type, VistConfig)
 AutoModel.register(VistConfig, VistCompressor)
 
-__all__ = ["VisualMemory", "VistCompressor", "VistConfig"]
+__all__ = ["VistCompressor", "VistConfig", "VisualMemory"]

@@ -64,7 +64,9 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
     def __init__(self, config: VistConfig) -> None:
         super().__init__(config)
         if config.tower is None or config.atlas is None:
-            raise ConfigError("VistConfig must hold a tower and an atlas; make the model with VistCompressor.build(...).")
+            raise ConfigError(
+                "VistConfig must hold a tower and an atlas; make the model with VistCompressor.build(...)."
+            )
         self.renderer_config = RendererConfig(**config.renderer)
         self.resampler_config = ResamplerConfig(**config.resampler)
         vision = tower_config(config.tower)
@@ -114,7 +116,9 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         model = _pretrained_tower(tower)
         vision = tower_config(model.config if model is not None else tower)  # type: ignore[arg-type]
         renderer = renderer or RendererConfig(
-            tower_size_px=int(vision.image_size), patch_size_px=int(vision.patch_size), channels=int(vision.num_channels)
+            tower_size_px=int(vision.image_size),
+            patch_size_px=int(vision.patch_size),
+            channels=int(vision.num_channels),
         )
         config = VistConfig(
             renderer=asdict(renderer),

@@ -33,7 +33,9 @@ def tower_config(source: str | Path | dict[str, Any] | PreTrainedConfig) -> PreT
         config = AutoConfig.from_pretrained(source)
     config = getattr(config, "vision_config", config)
     if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
-        raise ConfigError(f"tower must be a vision transformer with patches (ViT, CLIP, SigLIP), got {config.model_type}.")
+        raise ConfigError(
+            f"tower must be a vision transformer with patches (ViT, CLIP, SigLIP), got {config.model_type}."
+        )
     return config
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from vist_rag.compression import VisualMemory, VistCompressor
+from vist_rag.compression import VistCompressor, VisualMemory
 from vist_rag.errors import ConfigError
 from vist_rag.evaluation.metrics import METRICS, bootstrap_interval
 from vist_rag.generation import MemorySegment, Prompt, PromptTemplate, VistGenerator
@@ -113,7 +113,9 @@ def _strangers(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
     """For each question another one, far away in the list, that shares no passage with it."""
     shift, n = max(1, len(questions) // 2 - 1), len(questions)
     read = [{p.id for p in question.passages} for question in questions]
-    found = [next((j % n for j in range(i + shift, i + shift + n) if not read[i] & read[j % n]), None) for i in range(n)]
+    found = [
+        next((j % n for j in range(i + shift, i + shift + n) if not read[i] & read[j % n]), None) for i in range(n)
+    ]
     if None in found:
         raise ConfigError("shuffled_memory must have questions about different passages, got one passage for all.")
     return [questions[j] for j in found if j is not None]

@@ -190,7 +190,7 @@ class VistGenerator:
                 try:
                     with torch.no_grad():
                         outputs.append(self.model.generate(**arguments))
-                except BaseException as error:  # noqa: BLE001 - raised again in the reader's thread
+                except BaseException as error:
                     failures.append(error)
                     pieces.end()
 

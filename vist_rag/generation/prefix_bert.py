@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, DynamicCache
 from transformers import initialization as init
 from transformers.cache_utils import DynamicLayer
@@ -41,13 +40,27 @@ class CopyAttention(nn.Module):
         self.key = nn.Linear(width, width)
         self.gain = nn.Parameter(torch.empty(width))
 
-    def forward(self, queries: Tensor, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int) -> Tensor:
-        """States to be written from ``[b, q, d]``, states read ``[b, t, d]``, their embeddings, mask ``[b, 1, q, k]``."""
+    def forward(
+        self, queries: Tensor, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """What is pointed at, and how strongly.
+
+        Args:
+            queries: States to be written from, float ``[b, q, d]``.
+            states: States read in this pass, float ``[b, t, d]``.
+            embeddings: Their input embeddings, float ``[b, t, d]``.
+            mask: Which of all ``k`` positions each query may see, bool ``[b, 1, q, k]``.
+            cache: Keeps keys and values of earlier passes; None where there are none.
+            layer: Its layer for them.
+        Returns:
+            What to add to the states, float ``[b, q, d]``, and the weights, float ``[b, q, k]``.
+        """
         keys, values = self.key(states)[:, None], embeddings[:, None]
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
-        pointed = F.scaled_dot_product_attention(self.query(queries)[:, None], keys, values, attn_mask=mask)
-        return self.gain * pointed[:, 0]
+        scores = self.query(queries) @ keys[:, 0].transpose(1, 2) / queries.shape[-1] ** 0.5
+        weights = scores.masked_fill(~mask[:, 0], torch.finfo(scores.dtype).min).softmax(-1)
+        return self.gain * (weights @ values[:, 0]), weights
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
@@ -73,7 +86,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token, ``[b, t, v]``, and the cache.
+        """Logits of the next token ``[b, t, v]``, the cache, and as ``attentions`` what is copied from ``[b, t, k]``.
 
         Args:
             input_ids: int64 ``[b, t]``, or None.
@@ -117,9 +130,10 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
         embeddings = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
         mask = attention_mask[:, :, -kept.shape[1] :]
-        copied = self.copy(kept, states, embeddings, mask, cache, self.config.num_hidden_layers)
+        copied, pointed = self.copy(kept, states, embeddings, mask, cache, self.config.num_hidden_layers)
         head = self.cls.predictions
-        return CausalLMOutputWithPast(logits=head.decoder(head.transform(kept) + copied), past_key_values=cache)
+        logits = head.decoder(head.transform(kept) + copied)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))
 
     def _cache(self, cache: Any, *, use_cache: bool | None) -> Any:
         """The cache with a layer for what may be copied; None where none is kept."""

@@ -60,8 +60,8 @@ class Pieces(BaseStreamer):
         """Take new tokens; called by ``generate``."""
         self._ids += value.flatten().tolist()
         self._texts.append(self._tokenizer.decode(self._ids, skip_special_tokens=True))
-        # What ends in U+FFFD is a character whose bytes have not all come yet.
-        self._give(os.path.commonprefix(list(self._texts)).rstrip("\ufffd"))
+        agreed = os.path.commonprefix(list(self._texts))  # noqa: RUF071 - characters are what is compared
+        self._give(agreed.rstrip("\ufffd"))  # a character whose bytes have not all come yet
 
     def end(self) -> None:
         """No more tokens; called by ``generate``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +25,19 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"data file must exist, got {path}; check --data.")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{path}:{number} must be a JSON object, got {line[:60]!r} ({error}).") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number} must be a JSON object, got {line[:60]!r}.")
-                yield row
+    number = 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):  # noqa: B007 - the messages name it
+                if line.strip():
+                    row = json.loads(line.decode())
+                    if not isinstance(row, dict):
+                        raise ValueError(f"it is {row!r:.60}")
+                    yield row
+        except ValueError as error:  # no JSON, no UTF-8
+            raise InputError(f"{path}:{number} must be a JSON object in UTF-8 ({error}).") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{path} cannot be read after line {number} ({error}); restore the file.") from error
 
 
 def expand(data: Path, patterns: Iterable[str]) -> list[Path]:
@@ -67,30 +71,45 @@ class Question:
 
 
 def read_questions(paths: Iterable[Path]) -> list[Question]:
-    """Reader rows ``{"question", "answers", "title", "context"}``."""
-    return [
-        Question(row["question"], tuple(row["answers"]), row.get("title", ""), row["context"])
-        for path in paths
-        for row in read_jsonl(path)
-    ]
+    """Reader rows ``{"question", "answers", "title", "context"}``; the title may be missing.
+
+    Raises:
+        InputError: If a row lacks something else, or has no answer; the message names file and row.
+    """
+    questions = []
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path), start=1):
+            answers = row.get("answers")
+            if not {"question", "context"} <= row.keys() or not isinstance(answers, list) or not answers:
+                raise InputError(f"{path}, row {number}, must have a question, a context and a list of answers.")
+            questions.append(Question(row["question"], tuple(answers), row.get("title", ""), row["context"]))
+    return questions
 
 
 class LengthBatches(Dataset[list[int]]):
-    """Indices of items in batches of about equal cost: neighbours in length, at most ``budget`` units in all.
+    """Indices of items in batches of about equal cost: neighbours in length, padded to at most ``budget`` units in all.
 
-    An epoch is a seeded shuffle; epochs follow each other until ``steps`` batches are there, so that step ``i`` is the
-    same batch in every run of one recipe.
+    An item longer than that is a batch by itself. An epoch is a seeded shuffle; epochs follow each other until
+    ``steps`` batches are there, so that step ``i`` is the same batch in every run of one recipe.
+
+    Raises:
+        InputError: If there are no items.
     """
 
     def __init__(self, lengths: Sequence[int], *, budget: int, steps: int, seed: int) -> None:
+        if not lengths:
+            raise InputError("training data must hold at least one item, got none.")
         self.batches: list[list[int]] = []
         rng = random.Random(seed)
         while len(self.batches) < steps:
             order = sorted(range(len(lengths)), key=lambda i: lengths[i] + rng.random() * 8)
             epoch: list[list[int]] = [[]]
+            longest = 1
             for i in order:
-                if epoch[-1] and max(lengths[i], 1) * (len(epoch[-1]) + 1) > budget:
+                longest = max(longest, lengths[i])
+                if epoch[-1] and longest * (len(epoch[-1]) + 1) > budget:
                     epoch.append([])
+                    longest = max(1, lengths[i])
                 epoch[-1].append(i)
             rng.shuffle(epoch)
             self.batches += epoch

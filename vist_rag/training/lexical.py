@@ -72,6 +72,26 @@ class LexicalAlignment(nn.Module):
         }
 
 
+class Alternating(nn.Module):
+    """Reading and lexical batches in one stage; the tower learns from the lexical ones alone, so reading stays cheap.
+
+    Args:
+        reading: Takes batches without ``pieces``.
+        lexical: Takes batches with them; shares its compressor and fusion with ``reading``.
+    """
+
+    def __init__(self, reading: nn.Module, lexical: LexicalAlignment) -> None:
+        super().__init__()
+        self.reading, self.lexical = reading, lexical
+
+    def forward(self, **batch: Any) -> dict[str, Tensor]:
+        """What the module says that the batch is for."""
+        is_lexical = "pieces" in batch
+        self.lexical.compressor.tower.requires_grad_(is_lexical)
+        figures: dict[str, Tensor] = (self.lexical if is_lexical else self.reading)(**batch)
+        return figures
+
+
 def lexical_batch(texts: Sequence[str], compressor: VistCompressor, tokenizer: Tokenizer) -> dict[str, Any]:
     """Pages of the texts, and which latent shows each word piece: the one whose window holds its middle."""
     pages = compressor.renderer.render(texts)

@@ -67,14 +67,16 @@ def answer_example(
 
 
 def window(text: str, words: int, rng: random.Random, *, keep: str = "") -> str:
-    """About ``words`` consecutive words of the text, whole sentences where they fit, that hold ``keep``."""
+    """About ``words`` consecutive words of the text, from the start of a sentence where it fits, that hold ``keep``."""
     spans = [m.span() for m in re.finditer(r"\S+", text)]
+    found = re.search(re.escape(keep.strip()), text, re.IGNORECASE) if keep.strip() else None
+    if found:
+        first = max(i for i, (start, _) in enumerate(spans) if start <= found.start())
+        last = max(i for i, (start, _) in enumerate(spans) if start < found.end())
+        words = max(words, last + 1 - first)
     if len(spans) <= words:
         return text
-    at = text.lower().find(keep.lower()) if keep else -1
-    if at >= 0:
-        first = max(i for i, (start, _) in enumerate(spans) if start <= at)
-        last = max(i for i, (start, _) in enumerate(spans) if start < at + len(keep))
+    if found:
         low, high = max(0, last + 1 - words), min(first, len(spans) - words)
     else:
         low, high = 0, len(spans) - words
@@ -116,15 +118,21 @@ class MemoryReading(nn.Module):
         generator, template = self._generator[0], self.template
         contents: list[str] = []
         segments: list[list[Tensor | int]] = []
+        pointers: list[list[tuple[int, Tensor]]] = []
         before, after = generator.frame
         for example in examples:
             row: list[Tensor | int] = [generator.ids(before)]
+            pointers.append([])
             for passage in example.passages:
                 if example.raw:
                     row.append(generator.tokenize(template.raw_text(passage)))
+                    shown = template.raw_text(passage)
                 else:
                     row += [generator.tokenize(template.memory), len(contents)]
                     contents.append(passage.content)
+                    shown = passage.content
+                if (places := self._places(example.target, shown, raw=example.raw)) is not None:
+                    pointers[-1].append((len(row) - 1, places))
             row.append(generator.tokenize(template.question.replace("{question}", example.question)))
             row.append(generator.ids(after))
             segments.append(row)
@@ -140,7 +148,26 @@ class MemoryReading(nn.Module):
             "segments": segments,
             "targets": targets,
             "windows": [self._windows(content) for content in contents] if self.ideal else [],
+            "pointers": pointers,
         }
+
+    def _places(self, target: str, shown: str, *, raw: bool) -> Tensor | None:
+        """Where each token of the target stands in what is shown, a row for each of up to four occurrences, ``[o, t]``.
+
+        Raw text counts tokens; memory counts shares of the text, in 0..1. None where the target does not occur.
+        """
+        tokenizer = self._generator[0].tokenizer
+        found = [m.start() for m in re.finditer(re.escape(target.lower()), shown.lower())][:4]
+        if not found or not target:
+            return None
+        offsets = tokenizer(" " + target, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        middles = torch.tensor([(start + end - 1) / 2 - 1 for start, end in offsets])
+        places = torch.tensor(found)[:, None] + middles
+        if not raw:
+            return places / len(shown)
+        spans = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        starts = torch.tensor([start for start, _ in spans], dtype=torch.float)
+        return (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0)
 
     def _windows(self, content: str) -> tuple[Tensor, Tensor]:
         """Word pieces of a text, and the latent whose window would show each: int64 ``[t]`` twice."""
@@ -157,8 +184,11 @@ class MemoryReading(nn.Module):
         segments: list[list[Tensor | int]],
         targets: list[Tensor],
         windows: Sequence[tuple[Tensor, Tensor]] = (),
+        pointers: Sequence[Sequence[tuple[int, Tensor]]] = (),
     ) -> dict[str, Tensor]:
         """Loss of the targets, and the share of their tokens that come first in the distribution.
+
+        A generator with a ``CopyAttention`` also learns to point at the tokens or latents that show what it writes.
 
         Args:
             pixel_values: float ``[p, c, size, size]``.
@@ -168,6 +198,7 @@ class MemoryReading(nn.Module):
             segments: Each prompt as token ids and, for a memory, the number of its text.
             targets: Token ids to be written, a row each.
             windows: Of each text, its word pieces and the latents that show them, where memory is ideal.
+            pointers: Of each prompt, the parts that show the target, and where (``_places``).
         """
         if self.ideal:
             memories = [self._ideal_memory(*window, rate) for window, rate in zip(windows, rates, strict=True)]
@@ -194,12 +225,43 @@ class MemoryReading(nn.Module):
         labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100).to(embeds.device)
         # Rows end together, so the targets are the last columns: no logits are computed for the prompt.
         keep = labels.shape[1] + 1
-        logits = self.lm(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=keep, **extra
-        ).logits[:, :-1]
+        output = self.lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=keep, **extra)
+        logits = output.logits[:, :-1]
         told = labels != -100
         loss = F.cross_entropy(logits[told].float(), labels[told])
-        return {"loss": loss, "token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
+        figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
+        if isinstance(self.lm, PrefixBertForCausalLM):
+            gold = self._gold(prompts, segments, targets, pointers, labels.shape[1], embeds.shape[1])
+            pointed = (output.attentions[0][:, :-1] * gold).sum(-1)[gold.any(-1)]
+            if len(pointed):
+                loss = loss - pointed.clamp(min=1e-6).log().mean()
+                figures["pointed"] = pointed.mean().detach()
+        return {"loss": loss, **figures}
+
+    @staticmethod
+    def _gold(
+        prompts: Sequence[Sequence[Tensor]],
+        segments: Sequence[Sequence[Tensor | int]],
+        targets: Sequence[Tensor],
+        pointers: Sequence[Sequence[tuple[int, Tensor]]],
+        longest_target: int,
+        length: int,
+    ) -> Tensor:
+        """Positions that show each token to be written, bool ``[b, longest_target, length]``."""
+        gold = torch.zeros(len(prompts), longest_target, length, dtype=torch.bool, device=targets[0].device)
+        for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+            begin = length - len(target) - sum(map(len, prompt))  # left padding
+            column = longest_target - len(target)
+            for part, places in pointers[i]:
+                first, size = begin + sum(map(len, prompt[:part])), len(prompt[part])
+                if isinstance(segments[i][part], int):
+                    # Between its boundaries, a memory shows the text in equal shares.
+                    at = first + 1 + (places * (size - 2)).long().clamp(0, size - 3)
+                else:
+                    at = first + places.long().clamp(max=size - 1)
+                tokens = torch.arange(at.shape[1]).expand_as(at) + column
+                gold[i, tokens.flatten(), at.flatten()] = True
+        return gold
 
     def _ideal_memory(self, pieces: Tensor, latents: Tensor, rate: float) -> Tensor:
         """A soft prompt ``[n + 2, d_llm]`` made of mean word embeddings, between the fusion's boundaries."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, load_model
 from tokenizers import Tokenizer, processors
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
 from vist_rag.training.data import LengthBatches, Question, expand, read_jsonl, read_questions, titled
 from vist_rag.training.export import save_checkpoint
-from vist_rag.training.lexical import LexicalAlignment, lexical_batch
+from vist_rag.training.lexical import Alternating, LexicalAlignment, lexical_batch
 from vist_rag.training.reading import (
     Example,
     MemoryReading,
@@ -169,8 +169,9 @@ class RecipeRun:
         def build(some: list[int], _: int) -> dict[str, Any]:
             return lexical_batch([texts[i] for i in some], compressor, tokenizer)
 
-        train_stage(model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed)
-        save_model(reading, str(directory / "final" / "model.safetensors"))
+        train_stage(
+            model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed, result=reading
+        )
 
     def _text_batches(self, stage: dict[str, Any]) -> tuple[list[str], LengthBatches]:
         """All plain text, in batches of ``stage["patches"]`` patches."""
@@ -192,19 +193,28 @@ class RecipeRun:
         # Memory was taught these embeddings; they stay.
         generator.model.get_input_embeddings().requires_grad_(False)
         draw = ExampleMix(stage, self.texts(), *self.questions())
+        share = stage.get("lexical_share", 0.0)
+        words = generator.model.get_input_embeddings().weight
+        lexical = LexicalAlignment(compressor, generator.fusion, words)
+        tokenizer, _ = self.tokenizer()
+        texts, indices = self._text_batches(stage) if share else ([], _Steps(stage["steps"]))
 
-        def build(_: list[int], step: int) -> dict[str, Any]:
+        def build(some: list[int], step: int) -> dict[str, Any]:
             rng = random.Random(f"{self.seed}-{stage['name']}-{step}")
+            if rng.random() < share:
+                return lexical_batch([texts[i] for i in some], compressor, tokenizer)
             return model.batch(draw(rng), rng)
 
         train_stage(
-            model,
-            _Steps(stage["steps"]),
+            Alternating(model, lexical) if share else model,
+            indices,
             build,
             directory,
             learning_rate=stage["learning_rate"],
             seed=self.seed,
             schedule=stage.get("schedule", "cosine"),
+            pretrained_rate=stage.get("pretrained_rate", 1.0),
+            result=model,
         )
 
 

@@ -32,13 +32,29 @@ class _Batches(Dataset[dict[str, Any]]):
 class _StageTrainer(Trainer):  # type: ignore[misc]
     """Logs what the model returns beside its loss, and reads batches in their order."""
 
-    def __init__(self, *args: Any, log_path: Path, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, log_path: Path, pretrained_rate: float, **kwargs: Any) -> None:
+        self._pretrained_rate = pretrained_rate
         super().__init__(*args, **kwargs)
         self._figures: dict[str, list[float]] = defaultdict(list)
         self._log_path = log_path
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
+        """AdamW; what starts from pretrained weights moves slower than what starts from nothing."""
+        if self.optimizer is None:
+            slow, fast = [], []
+            for name, weight in self.model.named_parameters():
+                (slow if ".bert." in name else fast).append(weight)
+            rate = self.args.learning_rate
+            groups = [{"params": fast, "lr": rate}, {"params": slow, "lr": rate * self._pretrained_rate}]
+            self.optimizer = torch.optim.AdamW(
+                [group for group in groups if group["params"]],
+                betas=(0.9, self.args.adam_beta2),
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         outputs = model(**inputs)
@@ -74,6 +90,8 @@ def train_stage(
     save_every: int = 100,
     seed: int = 0,
     schedule: str = "cosine",
+    pretrained_rate: float = 1.0,
+    result: nn.Module | None = None,
 ) -> None:
     """Train ``model`` on every batch once, in order; continue from the last checkpoint in ``directory`` where there is one.
 
@@ -88,6 +106,8 @@ def train_stage(
         save_every: Steps between checkpoints.
         seed: Of everything random.
         schedule: A Hugging Face scheduler name.
+        pretrained_rate: Learning rate of the base model's own layers, as a share of ``learning_rate``.
+        result: What is written to ``final/model.safetensors``; None means ``model``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     steps = len(indices)  # type: ignore[arg-type]
@@ -118,6 +138,11 @@ def train_stage(
         train_dataset=_Batches(indices, build),
         data_collator=lambda batches: batches[0],
         log_path=directory / "log.jsonl",
+        pretrained_rate=pretrained_rate,
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(directory)))
-    trainer.save_model(str(directory / "final"))
+    # Written beside its place, then moved there: what is called final is whole.
+    final, unfinished = directory / "final", directory / "model.safetensors.part"
+    final.mkdir(exist_ok=True)
+    save_model(result if result is not None else model, str(unfinished))
+    unfinished.replace(final / "model.safetensors")

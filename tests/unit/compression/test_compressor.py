@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.tiny import ATLAS, TOWER, tiny_compressor
 from transformers import (
     AutoModel,
     CLIPConfig,
@@ -21,6 +20,7 @@ from transformers import (
     ViTModel,
 )
 
+from tests.support.tiny import ATLAS, TOWER, tiny_compressor
 from vist_rag.compression import VistCompressor, VistConfig
 from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError

@@ -86,7 +86,7 @@ def test_block_is_attention_over_features_and_latents() -> None:
 
 
 def test_features_of_another_width_are_refused(resampler: PerceiverResampler) -> None:
-    with pytest.raises(ShapeError, match="features must be 12 wide .* got 13"):
+    with pytest.raises(ShapeError, match=r"features must be 12 wide .* got 13"):
         resampler(torch.zeros(1, S, 13), torch.ones(1, S, dtype=torch.bool))
 
 

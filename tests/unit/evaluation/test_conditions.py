@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.tiny import tiny_compressor, tiny_generator
 
-from vist_rag.compression import VisualMemory, VistCompressor
+from tests.support.tiny import tiny_compressor, tiny_generator
+from vist_rag.compression import VistCompressor, VisualMemory
 from vist_rag.errors import ConfigError
 from vist_rag.evaluation import CONDITIONS, EvalQuestion, evaluate_conditions
 from vist_rag.generation import Generation, MemorySegment, Prompt, TextSegment, VistGenerator

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tests.support.causal import CHATML, FAMILIES, causal_generator
 from transformers import PreTrainedTokenizerFast
 
+from tests.support.causal import CHATML, FAMILIES, causal_generator
 from vist_rag.compression import VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
-from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
+from vist_rag.generation import Generation, MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
 from vist_rag.generation.int8 import save_int8
 
 PROMPTS = [
@@ -39,7 +40,7 @@ def long_answer(generator: VistGenerator) -> tuple[Prompt, str]:
 
 def test_special_tokens_in_a_text_are_text(generator: VistGenerator) -> None:
     tokenizer = generator.tokenizer
-    special = {token: i for token, i in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)}
+    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     special.pop(tokenizer.unk_token, None)
     text = f"a {' '.join(special)} [SEP] <s> </s> <|im_end|>"
     assert set(tokenizer(text).input_ids) & set(special.values())  # the tokenizer itself falls for it
@@ -89,7 +90,8 @@ def test_chat_template_stands_around_the_whole_prompt() -> None:
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert before[0] == start
     assert after[0] == end
-    assert generator.prompt_length(PROMPTS[1]) == len(before) + generator.count_tokens("the river runs") + 6 + len(after)
+    frame = len(before) + len(after)
+    assert generator.prompt_length(PROMPTS[1]) == frame + generator.count_tokens("the river runs") + 4 + 2
 
 
 def test_a_prompt_without_anything_is_refused() -> None:
@@ -154,14 +156,14 @@ def test_stream_is_what_generate_says(generator: VistGenerator) -> None:
     for prompt in PROMPTS[:2]:
         for stop in ((), (text[4:6],)):
             whole = generator.generate([prompt], max_new_tokens=8, stop=stop)[0]
-            stream, pieces = generator.stream(prompt, max_new_tokens=8, stop=stop), []
-            while True:
-                try:
-                    pieces.append(next(stream))
-                except StopIteration as end:
-                    assert end.value == whole
-                    break
+            returned: list[Generation] = []
+
+            def listen(prompt: Prompt, stop: tuple[str, ...], returned: list[Generation]) -> Iterator[str]:
+                returned.append((yield from generator.stream(prompt, max_new_tokens=8, stop=stop)))
+
+            pieces = list(listen(prompt, stop, returned))
             assert "".join(pieces).strip() == whole.text
+            assert returned == [whole]
 
 
 def test_who_stops_listening_stops_the_generation() -> None:

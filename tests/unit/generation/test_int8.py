@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.support.causal import FAMILIES, causal_generator
 from transformers import PreTrainedModel
 
+from tests.support.causal import FAMILIES, causal_generator
 from vist_rag.errors import CheckpointError
 from vist_rag.generation.int8 import is_int8, load_int8, save_int8
 

