@@ -31,6 +31,7 @@ def every_kth(memory: VisualMemory, size: int) -> VisualMemory:
 
 
 def main() -> None:
+    """Measure, and print or write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint directory or hub id; the embedded one if left out")
     parser.add_argument("--limit", type=int, help="only so many questions")
@@ -56,7 +57,12 @@ def main() -> None:
                 row[metric] = round(sum(values) / len(values), 4)
                 row[f"{metric}_95"] = [round(v, 4) for v in bootstrap_interval(values)]
             figures[f"{name}@{size}"] = row
-    result = {"benchmark": "elastic", "questions": len(questions), "figures": figures, **run_facts("python benchmarks/elastic.py --json")}
+    result = {
+        "benchmark": "elastic",
+        "questions": len(questions),
+        "figures": figures,
+        **run_facts("python benchmarks/elastic.py --json"),
+    }
     text = json.dumps(result, indent=2)
     if arguments.output:
         arguments.output.write_text(text + "\n", encoding="utf-8")

@@ -1,4 +1,7 @@
-"""Every error that vist-rag raises on purpose. Messages name what is wrong, what was got, what is allowed, the remedy."""
+"""Every error that vist-rag raises on purpose.
+
+Messages name what is wrong, what was got, what is allowed, and the remedy.
+"""
 
 from __future__ import annotations
 

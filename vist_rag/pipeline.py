@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ class VistRAG:
         """Positions that a passage takes as memory, known before it is encoded."""
         n = self.compressor.count_latents(passage.content)
         frame = self.generator.count_tokens(self.template.memory) + self.generator.fusion.boundary_tokens
-        return frame + (n if latents is None else min(n, latents))
+        return int(frame + (n if latents is None else min(n, latents)))
 
     def memories(self, plans: Sequence[Plan]) -> list[list[VisualMemory]]:
         """The memories that the plans ask for, read from the index; encoded now, and kept, where they are missing."""
@@ -271,8 +271,7 @@ def load_compressor(directory: Path, *, device: str | None = None) -> VistCompre
         )
     except Exception as error:  # torn safetensors, missing files and bad JSON each raise a class of their own
         raise CheckpointError(f"compressor in {directory} cannot be loaded ({error}); restore its files.") from error
-    loaded: VistCompressor = compressor.to(place).eval()
-    return loaded
+    return cast(VistCompressor, cast(Any, compressor).to(place).eval())
 
 
 def find_span(answer: str, text: str) -> tuple[int, int] | None:

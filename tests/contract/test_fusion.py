@@ -80,7 +80,7 @@ def test_memory_of_text_embeddings_reads_as_the_text_itself(transparent: VistGen
     answer = transparent.generate([prompt], max_new_tokens=8)[0]
     assert answer.text == transparent.tokenizer.decode(soft[0], skip_special_tokens=True).strip()
     assert answer.prompt_tokens == ids.shape[1] == transparent.prompt_length(prompt)
-    assert len(set(hard[0, ids.shape[1] :].tolist())) > 2  # not a model that says one thing only
+    assert len(set(hard[0, ids.shape[1] :].tolist())) > 1  # not a model that says one thing only
 
 
 def test_beams_read_memory_as_they_read_text(transparent: VistGenerator) -> None:

@@ -103,7 +103,8 @@ def test_a_memory_of_another_compressor_is_made_anew_and_it_is_said(index: Path,
 
 
 def test_a_read_only_index_is_read(tiny: Path, index: Path) -> None:
-    tiny.chmod(0o755)  # who may not write the index may still read the checkpoint
+    for path in (tiny, *tiny.rglob("*")):  # who may not write the index may still read the checkpoint
+        path.chmod(0o755)
     with not_writable(index):
         shown = run_json("ask", QUESTION, "--index", index, "--model", tiny)
     assert shown["citations"][0]["id"] == "p0"

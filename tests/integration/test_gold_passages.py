@@ -17,7 +17,7 @@ TEXTS = {
     "sq1": "The river runs to the sea.",
     "nq0": "Marie Curie was born in Warsaw.",
     "nq2": "The harbour bell is rung at noon.",
-    "nq1": "The lake is old. " * 60,  # as raw text, too long for the tiny model
+    "nq1": "The lake is old. " * 150,  # as raw text, too long for the tiny model
 }
 
 

@@ -27,7 +27,7 @@ _NO_SETTING = frozenset({"architectures", "dtype", "transformers_version"})
 """Fields of a tower's config that change no feature."""
 
 
-class VistConfig(PreTrainedConfig):  # type: ignore[misc]
+class VistConfig(PreTrainedConfig):
     """Config of a ``VistCompressor``.
 
     Attributes:
@@ -50,7 +50,7 @@ class VistConfig(PreTrainedConfig):  # type: ignore[misc]
         super().__post_init__(**kwargs)
 
 
-class VistCompressor(PreTrainedModel):  # type: ignore[misc]
+class VistCompressor(PreTrainedModel):
     """Reads passages as pictures and keeps a few latents of each.
 
     The vision tower is frozen. The glyph atlas is part of the weights, so a checkpoint renders the same pixels on
@@ -60,6 +60,10 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
     config_class = VistConfig
     base_model_prefix = "compressor"
     main_input_name = "pixel_values"
+    atlas_ink: Tensor
+    atlas_advances: Tensor
+    atlas_codepoints: Tensor
+    atlas_glyph_ids: Tensor
 
     def __init__(self, config: VistConfig) -> None:
         super().__init__(config)
@@ -67,8 +71,8 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
             raise ConfigError(
                 "VistConfig must hold a tower and an atlas; make the model with VistCompressor.build(...)."
             )
-        self.renderer_config = RendererConfig(**config.renderer)
-        self.resampler_config = ResamplerConfig(**config.resampler)
+        self.renderer_config = RendererConfig(**(config.renderer or {}))
+        self.resampler_config = ResamplerConfig(**(config.resampler or {}))
         vision = tower_config(config.tower)
         _check_sizes(vision, self.renderer_config)
         self.tower = VisionTower.from_config(vision)
@@ -147,7 +151,9 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         if self._renderer is None:
             atlas = GlyphAtlas(
                 self.atlas_ink.cpu(),
-                *(getattr(self, f"atlas_{name}").cpu().numpy() for name in ("advances", "codepoints", "glyph_ids")),
+                self.atlas_advances.cpu().numpy(),
+                self.atlas_codepoints.cpu().numpy(),
+                self.atlas_glyph_ids.cpu().numpy(),
                 self.config.atlas["origin"],
             )
             self._renderer = Renderer(atlas, self.renderer_config)
@@ -198,7 +204,8 @@ class VistCompressor(PreTrainedModel):  # type: ignore[misc]
         first = torch.arange(patch_mask.shape[1], device=patch_mask.device) == 0
         patch_mask = patch_mask | first  # a blank page is its first patch: attention over nothing is NaN
         features = self.features(pixel_values, patch_mask)
-        return self.resampler(features, patch_mask[:, : features.shape[1]])
+        latents, standing = self.resampler(features, patch_mask[:, : features.shape[1]])
+        return latents, standing
 
     def count_latents(self, text: str) -> int:
         """How many latents ``encode`` will make of a text: known from its layout alone, without the tower."""

@@ -35,7 +35,8 @@ class PerceiverBlock(nn.Module):
         )
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         latents = latents + self.output(read.transpose(1, 2).flatten(2))
-        return latents + self.feed_forward(latents)
+        fed: Tensor = self.feed_forward(latents)
+        return latents + fed
 
 
 class PerceiverResampler(nn.Module):
@@ -74,8 +75,9 @@ class PerceiverResampler(nn.Module):
 
     def latent_mask(self, mask: Tensor) -> Tensor:
         """Which latents stand for text: bool ``[p, s]`` -> bool ``[p, n]``."""
-        padded = F.pad(mask, (0, -mask.shape[1] % self.window))
-        return padded.unflatten(1, (-1, self.window)).any(-1)
+        padded: Tensor = F.pad(mask, (0, -mask.shape[1] % self.window))
+        standing: Tensor = padded.unflatten(1, (-1, self.window)).any(-1)
+        return standing
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Compress the features of each page.

@@ -80,7 +80,7 @@ class VisionTower(nn.Module):
             longest text of the batch in patches, special tokens removed. The last one is the model's own
             ``last_hidden_state``: after the final norm, but for CLIP, which norms its pooled token only.
         """
-        core = getattr(self.model, "vision_model", self.model)
+        core: Any = getattr(self.model, "vision_model", self.model)
         longest = max(1, int(mask.sum(1).max()))
         states = core.embeddings(pixel_values.to(self.model.dtype))
         special = states.shape[1] - mask.shape[1]

@@ -7,7 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class VistGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.frame = _frame(tokenizer)
-        width = model.get_input_embeddings().weight.shape[1]
+        width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
         if fusion is not None and fusion.config.generator_width != width:
             raise ShapeError(
                 f"fusion must be built for this generator's width, {width}, got {fusion.config.generator_width}; "
@@ -95,12 +95,12 @@ class VistGenerator:
             raise
         except Exception as error:  # torn weights, a torn tokenizer and bad JSON each raise a class of their own
             raise CheckpointError(f"generator {model} cannot be loaded ({error}); restore its files.") from error
-        return cls(lm.to(device), tokenizer, SoftPromptFusion.from_pretrained(fusion) if fusion else None)
+        return cls(cast(Any, lm).to(device), tokenizer, SoftPromptFusion.from_pretrained(fusion) if fusion else None)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device
+        return torch.device(self.model.device)
 
     def ids(self, token_ids: Sequence[int]) -> Tensor:
         """Token ids on the device, int64 ``[t]``."""

@@ -78,4 +78,5 @@ def load_int8(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     model.tie_weights()
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    return model
+    loaded: PreTrainedModel = model
+    return loaded

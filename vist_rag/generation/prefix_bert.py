@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
-class PrefixBertConfig(BertConfig):  # type: ignore[misc]
+class PrefixBertConfig(BertConfig):
     """Config of a ``PrefixBertForCausalLM``: BERT's, always a decoder."""
 
     model_type = "vist_prefix_bert"
@@ -36,34 +36,38 @@ class CopyAttention(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
+        # Both look at the state and at the embedding: what a position is about, and which words it shows.
+        self.query = nn.Linear(2 * width, width)
+        self.key = nn.Linear(2 * width, width)
         self.gain = nn.Parameter(torch.empty(width))
 
     def forward(
-        self, queries: Tensor, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int
+        self, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int
     ) -> tuple[Tensor, Tensor]:
         """What is pointed at, and how strongly.
 
         Args:
-            queries: States to be written from, float ``[b, q, d]``.
-            states: States read in this pass, float ``[b, t, d]``.
+            states: States of this pass, float ``[b, t, d]``; the last ``q`` of them are written from.
             embeddings: Their input embeddings, float ``[b, t, d]``.
-            mask: Which of all ``k`` positions each query may see, bool ``[b, 1, q, k]``.
+            mask: Which of all ``k`` positions each of the last ``q`` may see, bool ``[b, 1, q, k]``.
             cache: Keeps keys and values of earlier passes; None where there are none.
             layer: Its layer for them.
         Returns:
             What to add to the states, float ``[b, q, d]``, and the weights, float ``[b, q, k]``.
         """
-        keys, values = self.key(states)[:, None], embeddings[:, None]
+        both = torch.cat((states, embeddings), dim=-1)
+        queries = self.query(both[:, -mask.shape[2] :])
+        keys, values = self.key(both)[:, None], embeddings[:, None]
         if cache is not None:
             keys, values = cache.update(keys, values, layer)
-        scores = self.query(queries) @ keys[:, 0].transpose(1, 2) / queries.shape[-1] ** 0.5
-        weights = scores.masked_fill(~mask[:, 0], torch.finfo(scores.dtype).min).softmax(-1)
+        scores = queries @ keys[:, 0].transpose(1, 2) / queries.shape[-1] ** 0.5
+        # A word to be copied is never the one just written at this very position.
+        own = torch.eye(scores.shape[2], dtype=torch.bool, device=scores.device)[-scores.shape[1] :]
+        weights = scores.masked_fill(~mask[:, 0] | own, torch.finfo(scores.dtype).min).softmax(-1)
         return self.gain * (weights @ values[:, 0]), weights
 
 
-class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
+class PrefixBertForCausalLM(BertLMHeadModel):
     """BERT with a language-model head and a prefix mask; works with ``generate`` like any causal LM."""
 
     config_class = PrefixBertConfig
@@ -101,36 +105,33 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
             logits_to_keep: Logits of so many last positions only; 0 means all.
             **_: What ``generate`` passes to every model.
         """
-        given = inputs_embeds if inputs_embeds is not None else input_ids
-        assert given is not None
+        embeddings = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        length = given.shape[1]
+        length = embeddings.shape[1]
         if attention_mask is None:
-            attention_mask = torch.ones(len(given), past + length, dtype=torch.long, device=given.device)
+            attention_mask = torch.ones(len(embeddings), past + length, dtype=torch.long, device=embeddings.device)
         if attention_mask.dim() == 2:
             present = attention_mask.bool()
             if position_ids is None:
                 position_ids = (present.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-            causal = torch.ones(length, past + length, dtype=torch.bool, device=given.device).tril(past)
+            causal = torch.ones(length, past + length, dtype=torch.bool, device=embeddings.device).tril(past)
             seen = causal[None] | self._prompt(prefix_mask, present, past)[:, None]
             seen = seen & present[:, None]
             # A padding row attends to itself: a softmax over nothing is NaN.
-            seen = seen | torch.eye(past + length, dtype=torch.bool, device=given.device)[None, past:]
+            seen = seen | torch.eye(past + length, dtype=torch.bool, device=embeddings.device)[None, past:]
             attention_mask = seen[:, None]
         cache = self._cache(past_key_values, use_cache=use_cache)
         states = self.bert(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeddings,
             attention_mask=attention_mask,
             past_key_values=cache,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             use_cache=cache is not None,
         ).last_hidden_state
-        embeddings = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
         mask = attention_mask[:, :, -kept.shape[1] :]
-        copied, pointed = self.copy(kept, states, embeddings, mask, cache, self.config.num_hidden_layers)
+        copied, pointed = self.copy(states, embeddings, mask, cache, self.config.num_hidden_layers)
         head = self.cls.predictions
         logits = head.decoder(head.transform(kept) + copied)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))
@@ -148,7 +149,11 @@ class PrefixBertForCausalLM(BertLMHeadModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, CopyAttention):
-            init.constant_(module.gain, 10.0)
+            init.constant_(module.gain, 20.0)
+            # A position starts by pointing at those that show its own word, which is next to the one to be written.
+            width = len(module.gain)
+            for weight in (module.query.weight, module.key.weight):
+                init.copy_(weight[:, width:], 12 * torch.eye(width, dtype=weight.dtype, device=weight.device))
 
     @staticmethod
     def _prompt(prefix_mask: Tensor | None, present: Tensor, past: int) -> Tensor:

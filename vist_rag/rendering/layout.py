@@ -89,7 +89,7 @@ def set_lines(texts: Sequence[str], typeface: Typeface, page_width_px: int) -> L
     boxes = np.stack((x, x + advances), axis=1)
     thin = np.flatnonzero(advances == 0)
     ink = x[thin, None] + shifts[thin, None] + np.stack((left[ids[thin]], right[ids[thin]]), axis=1)
-    boxes[thin] = np.where(ink[:, :1] < ink[:, 1:], ink, x[thin, None] + [0, 1]).clip(0, page_width_px)
+    boxes[thin] = np.where(ink[:, :1] < ink[:, 1:], ink, x[thin, None]).clip(0, page_width_px)
     widths = (edges[ends] - edges[starts]).astype(np.int32)
     np.maximum.at(widths, pages[thin], boxes[thin, 1])
     origins = offsets[text_ids[pages]]

@@ -1,8 +1,8 @@
 """Teach memory the generator's own language: a latent must look like the words of its window.
 
-Reading memory is slow to learn when nothing in it looks like anything the generator knows. Here each soft-prompt position is
-drawn towards the mean embedding of the word pieces that its window shows, and must tell them from all other pieces of
-the batch. No generator runs, so a step is cheap; afterwards the generator reads memory much as it reads text.
+Reading memory is slow to learn when nothing in it looks like anything the generator knows. Here each soft-prompt
+position is drawn towards the mean embedding of the word pieces that its window shows, and must tell them from all other
+pieces of the batch. No generator runs, so a step is cheap; afterwards the generator reads memory much as it reads text.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class LexicalAlignment(nn.Module):
         fusion: Its projector learns.
         word_embeddings: The generator's, float ``[v, d_llm]``; not changed.
     """
+
+    word_embeddings: Tensor
+    centre: Tensor
 
     def __init__(self, compressor: VistCompressor, fusion: SoftPromptFusion, word_embeddings: Tensor) -> None:
         super().__init__()

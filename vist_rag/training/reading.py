@@ -92,8 +92,8 @@ class MemoryReading(nn.Module):
         compressor: Its tower stays frozen; its resampler learns.
         generator: Its fusion and its model learn.
         rates: Shares of a memory's latents to train with, each with its weight, so that every size is practised.
-        ideal: Show the generator what a perfect compressor would: the mean embedding of the word pieces in each latent's
-            window. It learns to read memory from that in a tenth of the steps, because what it is to copy is there.
+        ideal: Show the generator what a perfect compressor would: the mean embedding of the word pieces in each
+            latent's window. It learns to read memory from that sooner, because what it is to copy is there.
     """
 
     def __init__(

@@ -8,12 +8,13 @@ import tomllib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
 from tokenizers import Tokenizer, processors
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -85,15 +86,16 @@ class RecipeRun:
 
     def run(self) -> Path:
         """Run every stage that is not finished, and export; returns the checkpoint directory."""
+        if not self.recipe.get("stages"):
+            raise ConfigError("recipe must have at least one [[stages]] table, got none.")
         before: Path | None = None
         for stage in self.recipe["stages"]:
             directory = self.output / stage["name"]
             if not (directory / "final" / "model.safetensors").is_file():
                 self._stages()[stage["kind"]](stage, directory, before)
             before = directory / "final"
-        assert before is not None
         compressor, generator = self.parts()
-        load_parts(MemoryReading(compressor, generator), before)
+        load_parts(MemoryReading(compressor, generator), directory / "final")
         return save_checkpoint(
             self.output / "model", compressor, generator, settings=self.recipe.get("settings", {}), int8=True
         )
@@ -125,7 +127,9 @@ class RecipeRun:
         """All plain text, in one seeded order."""
         if self._texts is None:
             rows = (row for path in expand(self.data, self.recipe["data"]["text"]) for row in read_jsonl(path))
-            self._texts = [Passage(r["text"], id="-", title=r.get("title", "")) for r in rows if 30 < len(r["text"]) < 1200]
+            self._texts = [
+                Passage(r["text"], id="-", title=r.get("title", "")) for r in rows if 30 < len(r["text"]) < 1200
+            ]
             random.Random(self.seed).shuffle(self._texts)
         return self._texts
 
@@ -160,7 +164,7 @@ class RecipeRun:
         if before is not None:
             load_parts(reading, before)
         compressor.tower.requires_grad_(stage.get("train_tower", False))
-        words = generator.model.get_input_embeddings().weight
+        words = cast(Tensor, generator.model.get_input_embeddings().weight)
         model = LexicalAlignment(compressor, generator.fusion, words)
         model.train()
         tokenizer, _ = self.tokenizer()
@@ -194,7 +198,7 @@ class RecipeRun:
         generator.model.get_input_embeddings().requires_grad_(False)
         draw = ExampleMix(stage, self.texts(), *self.questions())
         share = stage.get("lexical_share", 0.0)
-        words = generator.model.get_input_embeddings().weight
+        words = cast(Tensor, generator.model.get_input_embeddings().weight)
         lexical = LexicalAlignment(compressor, generator.fusion, words)
         tokenizer, _ = self.tokenizer()
         texts, indices = self._text_batches(stage) if share else ([], _Steps(stage["steps"]))
@@ -356,14 +360,12 @@ def _generator(
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", begin)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="[UNK]",  # noqa: S106
-        pad_token="[PAD]",  # noqa: S106
-        bos_token="[CLS]",  # noqa: S106
-        eos_token="[SEP]",  # noqa: S106
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
         model_max_length=config.max_position_embeddings,
     )
     fusion = SoftPromptFusion(FusionConfig(memory_width, config.hidden_size, hidden_width=projector_width))
-    fusion.match_scale(model.get_input_embeddings().weight)
+    fusion.match_scale(cast(Tensor, model.get_input_embeddings().weight))
     return VistGenerator(model, wrapped, fusion)
-
-

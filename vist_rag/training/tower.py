@@ -30,10 +30,12 @@ class TowerReading(nn.Module):
 
     Args:
         tower: What is taught.
-        word_embeddings: Embeddings of the word pieces, float ``[v, e]``; frozen: the head must land near the piece's own
-            embedding, among all pieces of the batch.
+        word_embeddings: Embeddings of the word pieces, float ``[v, e]``; frozen: the head must land near the
+            piece's own embedding, among all pieces of the batch.
         character_layer: Hidden state that names the characters.
     """
+
+    word_embeddings: Tensor
 
     def __init__(self, tower: VisionTower, word_embeddings: Tensor, *, character_layer: int = 1) -> None:
         super().__init__()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_model
@@ -29,7 +29,7 @@ class _Batches(Dataset[dict[str, Any]]):
         return self.build(self.indices[step], step)
 
 
-class _StageTrainer(Trainer):  # type: ignore[misc]
+class _StageTrainer(Trainer):
     """Logs what the model returns beside its loss, and reads batches in their order."""
 
     def __init__(self, *args: Any, log_path: Path, pretrained_rate: float, **kwargs: Any) -> None:
@@ -39,13 +39,14 @@ class _StageTrainer(Trainer):  # type: ignore[misc]
         self._log_path = log_path
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+        return torch.utils.data.SequentialSampler(cast(Sized, self.train_dataset))
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         """AdamW; what starts from pretrained weights moves slower than what starts from nothing."""
         if self.optimizer is None:
-            slow, fast = [], []
-            for name, weight in self.model.named_parameters():
+            slow: list[nn.Parameter] = []
+            fast: list[nn.Parameter] = []
+            for name, weight in cast(nn.Module, self.model).named_parameters():
                 (slow if ".bert." in name else fast).append(weight)
             rate = self.args.learning_rate
             groups = [{"params": fast, "lr": rate}, {"params": slow, "lr": rate * self._pretrained_rate}]
@@ -61,13 +62,13 @@ class _StageTrainer(Trainer):  # type: ignore[misc]
         for name, value in outputs.items():
             if name != "loss":
                 self._figures[name].append(float(value))
-        return outputs["loss"]
+        return cast(Tensor, outputs["loss"])
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         # save_model knows tied weights; what Trainer does for a plain module does not.
-        directory = Path(output_dir or self.args.output_dir)
+        directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        save_model(self.model, str(directory / "model.safetensors"))
+        save_model(cast(nn.Module, self.model), str(directory / "model.safetensors"))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -93,7 +94,9 @@ def train_stage(
     pretrained_rate: float = 1.0,
     result: nn.Module | None = None,
 ) -> None:
-    """Train ``model`` on every batch once, in order; continue from the last checkpoint in ``directory`` where there is one.
+    """Train ``model`` on every batch once, in order.
+
+    Continues from the last checkpoint in ``directory`` where there is one.
 
     Args:
         model: Its ``forward(**batch)`` returns ``{"loss": ..., figure: ...}``; figures are averaged into ``log.jsonl``.

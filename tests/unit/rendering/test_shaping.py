@@ -64,6 +64,17 @@ def test_a_mark_is_placed_on_its_letter(font_path: Path) -> None:
     assert mark[:, 0].max() - mark[:, 0].min() == 1
 
 
+def test_ink_above_the_strip_is_moved_in(font_path: Path) -> None:
+    """At 14 px the mark on b would stand 15 rows above the baseline, in a strip of 14."""
+    font = ShapedFont(font_path, size_px=14)
+    mark = set_lines(["b\u0301"], font, 3584).glyphs[1]
+    alone = set_lines(["\u0301"], font, 3584).glyphs[0]
+    ink = font.pictures.ink
+    assert mark != alone
+    assert ink[mark].sum() == ink[alone].sum() > 0
+    assert (ink[mark].amax(1) > 0).nonzero().flatten().tolist() == [0, 1, 2]
+
+
 def test_levels_follow_the_bidirectional_algorithm() -> None:
     cases = {
         "abc def": "0000000",
@@ -126,7 +137,7 @@ def test_odd_input(font_path: Path, tmp_path: Path) -> None:
     lines = set_lines(["", "\u0301", "\u200d", "中\ud800a", " \n"], font, 3584)
     assert lines.coverage.tolist() == pytest.approx([1, 1, 1, 1 / 3, 1])
     assert lines.text_ids.tolist() == [0, 1, 2, 3, 4]
-    assert lines.widths[[0, 4]].tolist() == [0, 0]
+    assert lines.widths[[0, 2, 4]].tolist() == [0, 0, 0]
     assert (lines.x + lines.offsets + font.pictures.left[lines.glyphs] >= 0).all()
     for path in (tmp_path / "none.ttf", tmp_path):
         with pytest.raises(InputError, match="cannot be read"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -55,8 +55,9 @@ class SoftPromptFusion(nn.Module):
         of steps.
         """
         probe = self.projector(torch.randn(256, self.config.memory_width, generator=torch.Generator().manual_seed(0)))
-        self.projector[-1].weight.mul_(embeddings.std() / probe.std())
-        self.projector[-1].bias.zero_()
+        last = cast(nn.Linear, self.projector[-1])
+        last.weight.mul_(embeddings.std() / probe.std())
+        last.bias.zero_()
         self.boundaries.mul_(embeddings.std() / self.boundaries.std())
 
     @property
