@@ -160,6 +160,13 @@ def test_spans_name_the_characters_of_each_patch(atlas: GlyphAtlas) -> None:
     assert patch_spans(lines, PATCH, 8)[0].tolist() == [[0, 7], [6, 7]] + [[0, 0]] * 6
 
 
+def test_format_characters_that_show_something_are_kept(atlas: GlyphAtlas) -> None:
+    """U+0600 and U+06DD are drawn around a number; a soft hyphen and a byte order mark are not drawn."""
+    lines = set_lines(["\u0600", "\u06dd1", "\u00ad", "\ufeffa"], atlas, WIDTH)
+    assert lines.text_ids[lines.pages].tolist() == [0, 1, 1, 3]
+    assert lines.coverage.tolist() == [0, 0.5, 1, 1]
+
+
 def test_pages_break_at_spaces_and_inside_long_words(atlas: GlyphAtlas) -> None:
     text = "river bridge " + "m" * 30 + " end"
     lines = set_lines([text], atlas, WIDTH)

@@ -51,6 +51,11 @@ def test_right_to_left_is_visual_order(font_path: Path) -> None:
     assert columns(ink) == [(1, 2, 8), (3, 15, 3)]
 
 
+def test_left_to_right_inside_right_to_left(font_path: Path) -> None:
+    _, lines = strip(ShapedFont(font_path), f"{BEH} af {ALEF}")
+    assert lines.chars[:, 0].tolist() == [5, 4, 2, 3, 1, 0]
+
+
 def test_a_mark_is_placed_on_its_letter(font_path: Path) -> None:
     """The mark's anchor lies 300 units above where it is drawn by itself: three rows."""
     font = ShapedFont(font_path)
