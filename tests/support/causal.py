@@ -68,7 +68,7 @@ def causal_generator(family: str, *, memory_width: int = 16, seed: int = 0) -> V
         tokenizer = metaspace_tokenizer()
         config: Any = LlamaConfig(
             **sizes, intermediate_size=48, num_key_value_heads=2, bos_token_id=1, eos_token_id=2,
-            vocab_size=len(tokenizer) - 256,  # it never writes the bytes of byte fallback, half a character at a time
+            vocab_size=len(tokenizer),
         )  # fmt: skip
     elif family == "gpt2":
         end = "<|endoftext|>"
@@ -87,9 +87,9 @@ def causal_generator(family: str, *, memory_width: int = 16, seed: int = 0) -> V
         )  # fmt: skip
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    if family in ("gpt2", "qwen3"):  # half characters and control characters make poor answers
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        model.generation_config.suppress_tokens = [
-            i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable())
-        ]
+    # Half characters and control characters make poor answers.
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    model.generation_config.suppress_tokens = [
+        i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable())
+    ]
     return VistGenerator(model, tokenizer, SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32)))

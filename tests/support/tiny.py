@@ -68,7 +68,9 @@ def tiny_generator(seed: int = 0, *, memory_width: int = 16) -> VistGenerator:
         pad_token_id=0,
     )
     fusion = SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32))
-    return VistGenerator(PrefixBertForCausalLM(config), tokenizer, fusion)
+    model = PrefixBertForCausalLM(config)
+    model.copy.gain.data.fill_(1.0)  # at its own size an untrained pointer drowns the rest: one word, again and again
+    return VistGenerator(model, tokenizer, fusion)
 
 
 def save_tiny_checkpoint(directory: Path, seed: int = 0) -> Path:

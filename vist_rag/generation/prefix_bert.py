@@ -63,7 +63,9 @@ class CopyAttention(nn.Module):
         scores = queries @ keys[:, 0].transpose(1, 2) / queries.shape[-1] ** 0.5
         # A word to be copied is never the one just written at this very position.
         own = torch.eye(scores.shape[2], dtype=torch.bool, device=scores.device)[-scores.shape[1] :]
-        weights = scores.masked_fill(~mask[:, 0] | own, torch.finfo(scores.dtype).min).softmax(-1)
+        others = mask[:, 0] & ~own
+        # Times the mask: who sees no other position points nowhere, not everywhere.
+        weights = scores.masked_fill(~others, torch.finfo(scores.dtype).min).softmax(-1) * others
         return self.gain * (weights @ values[:, 0]), weights
 
 
