@@ -170,12 +170,14 @@ def test_latents_that_show_what_is_to_be_written_are_pointed_at() -> None:
     gold = model._gold(
         [prompt], batch["segments"], batch["targets"], batch["pointers"], len(batch["targets"][0]), length
     )
-    before = sum(len(part) for part in prompt[: batch["segments"][0].index(0)])
+    memory_at = next(i for i, part in enumerate(batch["segments"][0]) if isinstance(part, int))
+    before = sum(len(part) for part in prompt[:memory_at])
     latents = gold[0].nonzero()[:, 1] - before - 1
     pages = model.compressor.renderer.render([text])
-    shown = [text[pages.char_spans[0, 4 * i, 0] : pages.char_spans[0, 4 * i + 3, 1]] for i in latents.tolist()]
-    assert len(shown) == 2
-    assert all("in" in part or "1867" in part or "186" in part for part in shown)
+    starts = pages.char_spans[0, ::4, 0].tolist()[: len(memory) - 2]
+    expected = [max(i for i, start in enumerate(starts) if start <= text.index(word)) for word in ("in 1867", "1867")]
+    assert len(latents) == 2
+    assert all(abs(got - wanted) <= 1 for got, wanted in zip(latents.tolist(), expected, strict=True))  # equal shares
 
 
 def test_coarser_memory_is_practised_as_it_will_be_used() -> None:
@@ -206,15 +208,18 @@ def test_two_examples_are_learnt_by_heart_and_the_tower_stays() -> None:
     resampler = {name: tensor.clone() for name, tensor in model.compressor.resampler.state_dict().items()}
     model.train()
     batch = model.batch(EXAMPLES[:2], random.Random(0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, right = [], []
     for _ in range(20):
-        loss = model(**batch)["loss"]
-        losses.append(float(loss))
+        out = model(**batch)
+        losses.append(float(out["loss"].detach()))
+        right.append(float(out["token_accuracy"]))
         optimizer.zero_grad()
-        loss.backward()
+        out["loss"].backward()
         optimizer.step()
-    assert losses[-1] < 0.4 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
+    assert right[0] < 0.2
+    assert max(right[-5:]) > 0.8
     assert all(torch.equal(tensor, tower[name]) for name, tensor in model.compressor.tower.state_dict().items())
     moved = [
         not torch.equal(tensor, resampler[name]) for name, tensor in model.compressor.resampler.state_dict().items()
