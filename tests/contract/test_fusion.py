@@ -68,19 +68,22 @@ def full_logits(generator: VistGenerator, inputs: dict[str, Tensor], answers: Te
 
 @torch.no_grad()
 def test_memory_of_text_embeddings_reads_as_the_text_itself(transparent: VistGenerator) -> None:
-    texts = ("the old bridge", "was built in 1867 by marie", "question when answer")
-    prompt = Prompt((TextSegment(texts[0]), MemorySegment(embedded(transparent, texts[1])), TextSegment(texts[2])))
-    ids = as_ids(transparent, *texts)
-    with transparent.fusion.condition(transparent, [prompt]) as inputs:
-        logits = transparent.model(**inputs).logits
-        soft = transparent.model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    torch.testing.assert_close(logits, transparent.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
-    hard = transparent.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    assert soft.tolist() == hard[:, ids.shape[1] :].tolist()
-    answer = transparent.generate([prompt], max_new_tokens=8)[0]
-    assert answer.text == transparent.tokenizer.decode(soft[0], skip_special_tokens=True).strip()
-    assert answer.prompt_tokens == ids.shape[1] == transparent.prompt_length(prompt)
-    assert len(set(hard[0, ids.shape[1] :].tolist())) > 1  # not a model that says one thing only
+    written = set()
+    for middle in ("was built in 1867 by marie", "runs from a lake to the sea"):
+        texts = ("the old bridge", middle, "question when answer")
+        prompt = Prompt((TextSegment(texts[0]), MemorySegment(embedded(transparent, texts[1])), TextSegment(texts[2])))
+        ids = as_ids(transparent, *texts)
+        with transparent.fusion.condition(transparent, [prompt]) as inputs:
+            logits = transparent.model(**inputs).logits
+            soft = transparent.model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        torch.testing.assert_close(logits, transparent.model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+        hard = transparent.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        assert soft.tolist() == hard[:, ids.shape[1] :].tolist()
+        answer = transparent.generate([prompt], max_new_tokens=8)[0]
+        assert answer.text == transparent.tokenizer.decode(soft[0], skip_special_tokens=True).strip()
+        assert answer.prompt_tokens == ids.shape[1] == transparent.prompt_length(prompt)
+        written.add(answer.text)
+    assert len(written) == 2  # not a model that says one thing whatever it reads
 
 
 def test_beams_read_memory_as_they_read_text(transparent: VistGenerator) -> None:

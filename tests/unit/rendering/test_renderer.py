@@ -78,7 +78,7 @@ def test_the_mask_ends_with_the_text(atlas: GlyphAtlas) -> None:
 
 
 def test_normalisation_is_over_the_text_patches_of_each_page(atlas: GlyphAtlas) -> None:
-    texts = ["The river runs to the sea.", "W" * 300, ""]
+    texts = ["The river runs to the sea.", "W" * 300, "", ending_in_overhang(atlas)]
     raw = Renderer(atlas, RendererConfig(normalize="none", channels=1)).render(texts)
     normal = Renderer(atlas, RendererConfig(channels=3)).render(texts)
     assert normal.pixel_values.shape == (len(raw), 3, 224, 224)
@@ -91,6 +91,14 @@ def test_normalisation_is_over_the_text_patches_of_each_page(atlas: GlyphAtlas) 
             inside = values[on_text]
             expected[on_text] = (inside - inside.mean()) / np.sqrt(inside.var() + 1e-5)
         np.testing.assert_allclose(normal.pixel_values[page, 0].numpy(), expected, atol=2e-6)
+
+
+def ending_in_overhang(atlas: GlyphAtlas) -> str:
+    """A text that fills its last patch, with a letter whose ink sticks out of it."""
+    width = {chr(c): int(atlas.advances[g]) for c, g in zip(atlas.codepoints, atlas.glyph_ids, strict=True)}
+    reach = atlas.pictures.right[atlas.lookup(np.array([ord("f")]))[0]]
+    assert reach > width["f"]
+    return next(text for n in range(99) if (width["f"] + n * width["i"]) % 14 == 0 and (text := "i" * n + "f"))
 
 
 def test_blank_patches_are_white_when_nothing_is_normalised(atlas: GlyphAtlas) -> None:

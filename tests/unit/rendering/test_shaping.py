@@ -91,6 +91,7 @@ def test_levels_follow_the_bidirectional_algorithm() -> None:
         f"{BEH}, {ALEF}": "1111",
         f"a {BEH} 12 {ALEF} b": "0011221100",
         f"a {BEH}. b": "001000",
+        f"a 1 {BEH}": "00001",
         f"{BEH}\u0301 1": "1112",
         "": "",
     }
@@ -121,6 +122,19 @@ def test_latin_letters_are_the_atlas_ones(font_path: Path) -> None:
     assert torch.equal(shaped.char_spans, plain.char_spans)
     assert shaped.coverage.tolist() == plain.coverage.tolist()
     assert shaped.coverage[0] < 1
+
+
+def test_spaces_stay_in_the_font_of_what_stands_before_them(font_path: Path, tmp_path: Path) -> None:
+    from fontTools.ttLib import TTFont
+
+    other = TTFont(font_path)
+    for table in other["cmap"].tables:
+        table.cmap = {0x20: "space", 0x63: "b"}
+    other["hmtx"]["space"] = (500, 0)
+    other.save(tmp_path / "other.ttf")
+    lines = set_lines(["a c c a"], ShapedFont([font_path, tmp_path / "other.ttf"]), 3584)
+    assert lines.advances.tolist() == [6, 3, 6, 5, 6, 5, 6]
+    assert lines.coverage.tolist() == [1]
 
 
 def test_the_atlas_grows_and_ids_stay(font_path: Path) -> None:
