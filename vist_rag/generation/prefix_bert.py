@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertLMHeadModel, DynamicCache
 from transformers import initialization as init
 from transformers.cache_utils import DynamicLayer
@@ -27,19 +28,20 @@ class PrefixBertConfig(BertConfig):
 
 
 class CopyAttention(nn.Module):
-    """Writes what it points at: attention from the words to be written over the *input embeddings* of what was read.
+    """Writes what it points at: attention from the words to be written over the *input embeddings* of the prompt.
 
     Output embeddings are the input embeddings, so a position that is pointed at raises the words that it looks like,
-    seen in training or not; and a soft-prompt position is an input embedding like any other. Source: the pointer of
-    arXiv:1704.04368, on embeddings in the place of token ids.
+    seen in training or not; and a soft-prompt position is an input embedding like any other. Only the prompt is copied
+    from, never the answer itself. Source: the pointer of arXiv:1704.04368, on embeddings in the place of token ids.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Both look at the state and at the embedding: what a position is about, and which words it shows.
+        # A query is the state and the word just written; a key is the state, its word and the word before it.
         self.query = nn.Linear(2 * width, width)
-        self.key = nn.Linear(2 * width, width)
+        self.key = nn.Linear(3 * width, width)
         self.gain = nn.Parameter(torch.empty(width))
+        self.repeat = nn.Parameter(torch.empty(width))
 
     def forward(
         self, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int
@@ -49,24 +51,27 @@ class CopyAttention(nn.Module):
         Args:
             states: States of this pass, float ``[b, t, d]``; the last ``q`` of them are written from.
             embeddings: Their input embeddings, float ``[b, t, d]``.
-            mask: Which of all ``k`` positions each of the last ``q`` may see, bool ``[b, 1, q, k]``.
-            cache: Keeps keys and values of earlier passes; None where there are none.
+            mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
+                each of the last ``q``, bool ``[b, q, k]``.
+            cache: Keeps keys and values of the first pass; None where there is none.
             layer: Its layer for them.
         Returns:
             What to add to the states, float ``[b, q, d]``, and the weights, float ``[b, q, k]``.
         """
-        both = torch.cat((states, embeddings), dim=-1)
-        queries = self.query(both[:, -mask.shape[2] :])
-        keys, values = self.key(both)[:, None], embeddings[:, None]
-        if cache is not None:
-            keys, values = cache.update(keys, values, layer)
+        count = mask.shape[1]
+        written = embeddings[:, -count:]
+        queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
+        if cache is not None and cache.get_seq_length(layer):
+            keys, values = cache.layers[layer].keys, cache.layers[layer].values
+        else:
+            before = F.pad(embeddings[:, :-1], (0, 0, 1, 0))
+            keys, values = self.key(torch.cat((states, embeddings, before), dim=-1))[:, None], embeddings[:, None]
+            if cache is not None:
+                keys, values = cache.update(keys, values, layer)
         scores = queries @ keys[:, 0].transpose(1, 2) / queries.shape[-1] ** 0.5
-        # A word to be copied is never the one just written at this very position.
-        own = torch.eye(scores.shape[2], dtype=torch.bool, device=scores.device)[-scores.shape[1] :]
-        others = mask[:, 0] & ~own
-        # Times the mask: who sees no other position points nowhere, not everywhere.
-        weights = scores.masked_fill(~others, torch.finfo(scores.dtype).min).softmax(-1) * others
-        return self.gain * (weights @ values[:, 0]), weights
+        # Times the mask: who sees no position points nowhere, not everywhere.
+        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
+        return self.gain * (weights @ values[:, 0]) - self.repeat * written, weights
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):
@@ -112,28 +117,30 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         length = embeddings.shape[1]
         if attention_mask is None:
             attention_mask = torch.ones(len(embeddings), past + length, dtype=torch.long, device=embeddings.device)
-        if attention_mask.dim() == 2:
-            present = attention_mask.bool()
-            if position_ids is None:
-                position_ids = (present.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-            causal = torch.ones(length, past + length, dtype=torch.bool, device=embeddings.device).tril(past)
-            seen = causal[None] | self._prompt(prefix_mask, present, past)[:, None]
-            seen = seen & present[:, None]
-            # A padding row attends to itself: a softmax over nothing is NaN.
-            seen = seen | torch.eye(past + length, dtype=torch.bool, device=embeddings.device)[None, past:]
-            attention_mask = seen[:, None]
+        present = attention_mask.bool()
+        if position_ids is None:
+            position_ids = (present.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         cache = self._cache(past_key_values, use_cache=use_cache)
+        prompt = prefix_mask.bool() if prefix_mask is not None else present
+        if past:  # what the first pass read
+            prompt = prompt[:, : cache.get_seq_length(self.config.num_hidden_layers)]
+        own = torch.eye(past + length, dtype=torch.bool, device=embeddings.device)[None, past:]
+        causal = torch.ones(length, past + length, dtype=torch.bool, device=embeddings.device).tril(past)
+        both_ways = F.pad(prompt, (0, past + length - prompt.shape[1]))[:, None]
+        # A padding row attends to itself: a softmax over nothing is NaN.
+        seen = ((causal[None] | both_ways) & present[:, None]) | own
         states = self.bert(
             inputs_embeds=embeddings,
-            attention_mask=attention_mask,
+            attention_mask=seen[:, None],
             past_key_values=cache,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             use_cache=cache is not None,
         ).last_hidden_state
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
-        mask = attention_mask[:, :, -kept.shape[1] :]
-        copied, pointed = self.copy(states, embeddings, mask, cache, self.config.num_hidden_layers)
+        # A word to be copied is never the one that stands at this very position.
+        copyable = (seen & both_ways & ~own)[:, -kept.shape[1] :, : prompt.shape[1]]
+        copied, pointed = self.copy(states, embeddings, copyable, cache, self.config.num_hidden_layers)
         head = self.cls.predictions
         logits = head.decoder(head.transform(kept) + copied)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))
@@ -152,19 +159,11 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         super()._init_weights(module)
         if isinstance(module, CopyAttention):
             init.constant_(module.gain, 20.0)
-            # A position starts by pointing at those that show its own word, which is next to the one to be written.
-            width = len(module.gain)
-            for weight in (module.query.weight, module.key.weight):
-                init.copy_(weight[:, width:], 12 * torch.eye(width, dtype=weight.dtype, device=weight.device))
-
-    @staticmethod
-    def _prompt(prefix_mask: Tensor | None, present: Tensor, past: int) -> Tensor:
-        """Which keys every query may see, bool ``[b, past + t]``."""
-        if prefix_mask is not None:
-            return prefix_mask.bool()
-        if past == 0:
-            return present
-        return torch.zeros_like(present)  # one token at a time: the causal mask says it all
+            init.constant_(module.repeat, 5.0)
+            # A position starts by pointing behind its own word; a latent shows several words, so at the word too.
+            eye = torch.eye(len(module.gain), dtype=module.gain.dtype, device=module.gain.device)
+            init.copy_(module.query.weight, torch.cat((module.query.weight[:, : len(eye)], 12 * eye), dim=1))
+            init.copy_(module.key.weight, torch.cat((module.key.weight[:, : len(eye)], 6 * eye, 12 * eye), dim=1))
 
 
 AutoConfig.register(PrefixBertConfig.model_type, PrefixBertConfig)

@@ -7,7 +7,10 @@ pieces of the batch. No generator runs, so a step is cheap; afterwards the gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from torch.nn import functional as F  # noqa: N812
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import SoftPromptFusion
 from vist_rag.rendering import Pages
+from vist_rag.training.tower import TowerReading, reading_batch
 
 SCALE = 30.0
 """Of cosines, before the softmax over the pieces of the batch."""
@@ -31,18 +35,33 @@ class LexicalAlignment(nn.Module):
         compressor: Its resampler learns, and its tower where it is not frozen.
         fusion: Its projector learns.
         word_embeddings: The generator's, float ``[v, d_llm]``; not changed.
+        reading: The heads that taught the tower, where it goes on learning to read beside.
     """
 
     word_embeddings: Tensor
     centre: Tensor
 
-    def __init__(self, compressor: VistCompressor, fusion: SoftPromptFusion, word_embeddings: Tensor) -> None:
+    def __init__(
+        self,
+        compressor: VistCompressor,
+        fusion: SoftPromptFusion,
+        word_embeddings: Tensor,
+        reading: TowerReading | None = None,
+    ) -> None:
         super().__init__()
-        self.compressor, self.fusion = compressor, fusion
+        self.compressor, self.fusion, self.reading = compressor, fusion, reading
         self.register_buffer("word_embeddings", word_embeddings.detach().clone(), persistent=False)
         self.register_buffer("centre", word_embeddings.detach().mean(0), persistent=False)
 
-    def forward(self, pixel_values: Tensor, patch_mask: Tensor, latents: Tensor, pieces: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        patch_mask: Tensor,
+        latents: Tensor,
+        pieces: Tensor,
+        characters: Tensor | None = None,
+        words: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Loss, and the share of pieces that are among the three nearest of their latent.
 
         Args:
@@ -50,8 +69,17 @@ class LexicalAlignment(nn.Module):
             patch_mask: bool ``[p, s]``.
             latents: For each piece of the batch, page and latent that show it, int64 ``[m, 2]``.
             pieces: Their ids, int64 ``[m]``.
+            characters: For ``reading``, as ``TowerReading.forward`` takes them.
+            words: The same.
         """
-        memory, standing = self.compressor(pixel_values, patch_mask)
+        figures: dict[str, Tensor] = {}
+        if self.reading is not None and characters is not None and words is not None:
+            hidden = self.compressor.tower(pixel_values, patch_mask)
+            figures = self.reading.judge(hidden, patch_mask, characters, words)
+            features = torch.cat([hidden[layer] for layer in self.compressor.resampler_config.tower_layers], dim=-1)
+            memory, standing = self.compressor.resampler(features, patch_mask[:, : features.shape[1]])
+        else:
+            memory, standing = self.compressor(pixel_values, patch_mask)
         prompt = self.fusion.projector(memory)[standing]  # [l, d_llm]
         # Position of each (page, latent) among those that stand for text.
         place = (standing.flatten().cumsum(0) - 1).view_as(standing)[latents[:, 0], latents[:, 1]]
@@ -68,8 +96,8 @@ class LexicalAlignment(nn.Module):
         distance = (prompt[shown] - means).square().mean() / self.word_embeddings.var()
 
         nearest = logits.detach().topk(min(3, logits.shape[1]), dim=-1).indices[place]
-        return {
-            "loss": distance - told.mean(),
+        return figures | {
+            "loss": distance - told.mean() + figures.get("loss", 0.0),
             "distance": distance.detach(),
             "piece_recall": (nearest == targets[:, None]).any(-1).float().mean(),
         }
@@ -95,8 +123,44 @@ class Alternating(nn.Module):
         return figures
 
 
-def lexical_batch(texts: Sequence[str], compressor: VistCompressor, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Pages of the texts, and which latent shows each word piece: the one whose window holds its middle."""
+class WordSalad:
+    """Texts of words drawn one by one, so that every word piece is seen about as often as any other.
+
+    Answers are made of rare words, and which pieces a word is made of does not depend on its neighbours: a memory that
+    learns from running text alone spends most of its examples on words that it has known for long.
+
+    Args:
+        texts: Where words are found, as they stand between white space.
+        tokenizer: Which pieces they are made of.
+        fewest: Words that occur less often are left out: most are slips.
+    """
+
+    def __init__(self, texts: Iterable[str], tokenizer: Tokenizer, *, fewest: int = 3) -> None:
+        counts = Counter(word for text in texts for word in text.split())
+        self.words = [word for word, count in counts.items() if count >= fewest]
+        pieces = [encoding.ids for encoding in tokenizer.encode_batch(self.words, add_special_tokens=False)]
+        holders = Counter(piece for ids in pieces for piece in ids)  # how many of the words hold it
+        weights = (sum(1 / holders[piece] for piece in ids) / max(1, len(ids)) for ids in pieces)
+        self._cumulative = list(accumulate(weights))
+
+    def __call__(self, characters: int, rng: random.Random) -> str:
+        """A text of about so many characters."""
+        words = rng.choices(self.words, cum_weights=self._cumulative, k=max(1, characters // 3))
+        ends = accumulate(len(word) + 1 for word in words)
+        return " ".join(word for word, end in zip(words, ends, strict=True) if end <= characters + 1) or words[0]
+
+
+def lexical_batch(
+    texts: Sequence[str], compressor: VistCompressor, tokenizer: Tokenizer, *, reading: bool = False
+) -> dict[str, Any]:
+    """Pages of the texts, and which latent shows each word piece: the one whose window holds its middle.
+
+    Args:
+        texts: What is rendered.
+        compressor: Its renderer and windows.
+        tokenizer: The generator's.
+        reading: Add what each patch shows (``reading_batch``).
+    """
     pages = compressor.renderer.render(texts)
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     places, ids = [], []
@@ -109,7 +173,8 @@ def lexical_batch(texts: Sequence[str], compressor: VistCompressor, tokenizer: T
         here = (patch >= 0) & (middles < end)
         ids.append(np.array(encoding.ids, np.int64)[here])
         places.append(np.stack((np.full(here.sum(), page), patch[here] // compressor.resampler.window), axis=1))
-    return {
+    shown = reading_batch(texts, compressor.renderer, tokenizer) if reading else {}
+    return shown | {
         "pixel_values": pages.pixel_values,
         "patch_mask": pages.patch_mask,
         "latents": torch.from_numpy(np.concatenate(places)),

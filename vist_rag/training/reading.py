@@ -92,8 +92,9 @@ class MemoryReading(nn.Module):
         compressor: Its tower stays frozen; its resampler learns.
         generator: Its fusion and its model learn.
         rates: Shares of a memory's latents to train with, each with its weight, so that every size is practised.
-        ideal: Show the generator what a perfect compressor would: the mean embedding of the word pieces in each
-            latent's window. It learns to read memory from that sooner, because what it is to copy is there.
+        ideal: Share of batches that show the generator what a perfect compressor would: the mean embedding of the word
+            pieces in each latent's window. It learns to read memory sooner from that, because what it is to copy is
+            there.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class MemoryReading(nn.Module):
         generator: VistGenerator,
         *,
         rates: dict[float, float] | None = None,
-        ideal: bool = False,
+        ideal: float = 0.0,
     ) -> None:
         super().__init__()
         self.ideal = ideal
@@ -138,7 +139,8 @@ class MemoryReading(nn.Module):
             segments.append(row)
         end = generator.ids([generator.tokenizer.eos_token_id])
         targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
-        pages = self.compressor.renderer.render([] if self.ideal else contents)
+        ideal = rng.random() < self.ideal
+        pages = self.compressor.renderer.render([] if ideal else contents)
         rates = rng.choices(list(self.rates), list(self.rates.values()), k=len(contents))
         return {
             "pixel_values": pages.pixel_values,
@@ -147,7 +149,7 @@ class MemoryReading(nn.Module):
             "rates": rates,
             "segments": segments,
             "targets": targets,
-            "windows": [self._windows(content) for content in contents] if self.ideal else [],
+            "windows": [self._windows(content) for content in contents] if ideal else [],
             "pointers": pointers,
         }
 
@@ -200,7 +202,7 @@ class MemoryReading(nn.Module):
             windows: Of each text, its word pieces and the latents that show them, where memory is ideal.
             pointers: Of each prompt, the parts that show the target, and where (``_places``).
         """
-        if self.ideal:
+        if windows:
             memories = [self._ideal_memory(*window, rate) for window, rate in zip(windows, rates, strict=True)]
         else:
             memories = self._memories(pixel_values, patch_mask, text_ids, rates)

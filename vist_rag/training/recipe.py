@@ -28,7 +28,7 @@ from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
 from vist_rag.training.data import LengthBatches, Question, expand, read_jsonl, read_questions, titled
 from vist_rag.training.export import save_checkpoint
-from vist_rag.training.lexical import Alternating, LexicalAlignment, lexical_batch
+from vist_rag.training.lexical import Alternating, LexicalAlignment, WordSalad, lexical_batch
 from vist_rag.training.reading import (
     Example,
     MemoryReading,
@@ -160,21 +160,28 @@ class RecipeRun:
 
     def _lexical_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
-        reading = MemoryReading(compressor, generator)
-        if before is not None:
-            load_parts(reading, before)
-        compressor.tower.requires_grad_(stage.get("train_tower", False))
         words = cast(Tensor, generator.model.get_input_embeddings().weight)
-        model = LexicalAlignment(compressor, generator.fusion, words)
+        heads = TowerReading(compressor.tower, words.detach().clone()) if stage.get("reading") else None
+        parts = MemoryReading(compressor, generator)
+        if before is not None:
+            load_parts(parts, before)
+        compressor.tower.requires_grad_(stage.get("train_tower", False))
+        model = LexicalAlignment(compressor, generator.fusion, words, heads)
         model.train()
         tokenizer, _ = self.tokenizer()
         texts, indices = self._text_batches(stage)
+        share = stage.get("salad", 0.0)
+        salad = WordSalad(texts[::_VOCABULARY_SAMPLE], tokenizer) if share else None
 
-        def build(some: list[int], _: int) -> dict[str, Any]:
-            return lexical_batch([texts[i] for i in some], compressor, tokenizer)
+        def build(some: list[int], step: int) -> dict[str, Any]:
+            rng = random.Random(f"{self.seed}-{stage['name']}-{step}")
+            batch = [texts[i] for i in some]
+            if salad:
+                batch = [salad(len(text), rng) if rng.random() < share else text for text in batch]
+            return lexical_batch(batch, compressor, tokenizer, reading=heads is not None)
 
         train_stage(
-            model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed, result=reading
+            model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed, result=parts
         )
 
     def _text_batches(self, stage: dict[str, Any]) -> tuple[list[str], LengthBatches]:
@@ -189,7 +196,7 @@ class RecipeRun:
     def _read_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
         rates = {float(rate): float(weight) for rate, weight in stage["rates"].items()}
-        model = MemoryReading(compressor, generator, rates=rates, ideal=stage.get("ideal", False))
+        model = MemoryReading(compressor, generator, rates=rates, ideal=float(stage.get("ideal", 0.0)))
         if before is not None:
             load_parts(model, before)
         model.train()

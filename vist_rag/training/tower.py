@@ -61,7 +61,10 @@ class TowerReading(nn.Module):
             characters: Class of each character, int64 ``[p, s, CHARACTERS]``.
             words: Word piece at the left and the right edge of each patch, int64 ``[p, s, 2]``.
         """
-        hidden = self.tower(pixel_values, patch_mask)
+        return self.judge(self.tower(pixel_values, patch_mask), patch_mask, characters, words)
+
+    def judge(self, hidden: list[Tensor], patch_mask: Tensor, characters: Tensor, words: Tensor) -> dict[str, Tensor]:
+        """What ``forward`` gives, for hidden states that the tower has computed already."""
         length = hidden[-1].shape[1]
         mask = patch_mask[:, :length]
         logits = self.characters(hidden[self.character_layer][mask]).unflatten(-1, (CHARACTERS, -1))

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.tiny import tiny_compressor, tiny_generator, tiny_tokenizer
+from vist_rag.compression import VistCompressor
+from vist_rag.generation import VistGenerator
+from vist_rag.training.lexical import Alternating, LexicalAlignment, WordSalad, lexical_batch
+from vist_rag.training.reading import Example, MemoryReading
+from vist_rag.training.tower import TowerReading
+from vist_rag.types import Passage
+
+TEXTS = ["The old bridge was built in 1867", "the river runs from a lake to the sea", "marie curie"]
+
+
+def parts() -> tuple[VistCompressor, VistGenerator, Tensor]:
+    compressor, generator = tiny_compressor(), tiny_generator()
+    words = generator.model.get_input_embeddings().weight
+    assert isinstance(words, Tensor)
+    return compressor, generator, words
+
+
+def test_each_piece_belongs_to_the_latent_whose_window_shows_its_middle() -> None:
+    compressor, generator, _ = parts()
+    tokenizer = generator.tokenizer.backend_tokenizer
+    batch = lexical_batch(TEXTS, compressor, tokenizer)
+    pages = compressor.renderer.render(TEXTS)
+    checked = 0
+    for (page, latent), piece in zip(batch["latents"].tolist(), batch["pieces"].tolist(), strict=True):
+        spans = pages.char_spans[page, latent * 4 : latent * 4 + 4]
+        used = pages.patch_mask[page, latent * 4 : latent * 4 + 4]
+        begin, end = int(spans[used][:, 0].min()), int(spans[used][:, 1].max())
+        # The piece, as its tokenizer writes it, is in (or at a border of) what the window shows.
+        spelt = tokenizer.id_to_token(piece).removeprefix("##")
+        shown = TEXTS[int(pages.text_ids[page])][max(0, begin - len(spelt)) : end + len(spelt)].lower()
+        assert spelt in shown
+        checked += 1
+    # No piece is lost: as many as the tokenizer makes.
+    assert checked == sum(len(e.ids) for e in tokenizer.encode_batch(TEXTS, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("with_heads", [False, True])
+def test_latents_learn_the_words_of_their_window(with_heads: bool) -> None:
+    compressor, generator, words = parts()
+    heads = TowerReading(compressor.tower, words.detach().clone()) if with_heads else None
+    model = LexicalAlignment(compressor, generator.fusion, words, heads)
+    compressor.tower.requires_grad_(with_heads)
+    tower = {k: v.clone() for k, v in compressor.tower.state_dict().items()}
+    batch = lexical_batch(TEXTS, compressor, generator.tokenizer.backend_tokenizer, reading=with_heads)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    recalls = []
+    for _ in range(50):
+        figures = model(**batch)
+        figures["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        recalls.append(float(figures["piece_recall"]))
+    assert recalls[0] < 0.5 < 0.9 < recalls[-1]
+    assert ("character_accuracy" in figures) == with_heads
+    changed = any(not torch.equal(v, tower[k]) for k, v in compressor.tower.state_dict().items())
+    assert changed == with_heads
+    assert torch.equal(words, model.word_embeddings)
+
+
+def test_only_lexical_batches_teach_the_tower() -> None:
+    compressor, generator, words = parts()
+    reading = MemoryReading(compressor, generator)
+    model = Alternating(reading, LexicalAlignment(compressor, generator.fusion, words))
+    example = Example((Passage(TEXTS[0]),), "When was the bridge built?", "1867", raw=False)
+    tower = next(compressor.tower.parameters())
+    model(**reading.batch([example], random.Random(0)))["loss"].backward()
+    assert tower.grad is None
+    model(**lexical_batch(TEXTS, compressor, generator.tokenizer.backend_tokenizer))["loss"].backward()
+    assert tower.grad is not None
+    assert tower.grad.abs().sum() > 0
+
+
+def test_salad_draws_every_piece_about_as_often() -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    salad = WordSalad(["the river " * 100, "lake lake-sea lake-the " * 4, "once " * 2], tokenizer)
+    rng = random.Random(0)
+    counts = Counter(word for _ in range(300) for word in salad(60, rng).split())
+    assert set(counts) == {"the", "river", "lake", "lake-sea", "lake-the"}  # less than three times: left out
+    # 4 of 212 words in running text. Here "river" stands alone for its piece, "lake" shares it with two other words.
+    assert 2 < counts["river"] / counts["lake"] < 4
+    assert 1.3 < counts["river"] / counts["the"] < 3
+
+
+def test_salad_is_as_long_as_asked_and_the_same_again() -> None:
+    salad = WordSalad(["the old bridge was built by marie curie " * 3], tiny_tokenizer().backend_tokenizer)
+    for characters in (1, 10, 200):
+        text = salad(characters, random.Random(1))
+        assert text == salad(characters, random.Random(1))
+        assert 0 < len(text) <= max(characters, len("bridge"))
+    assert len(salad(200, random.Random(1))) > 180
