@@ -69,7 +69,6 @@ def tiny_generator(seed: int = 0, *, memory_width: int = 16) -> VistGenerator:
     )
     fusion = SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32))
     model = PrefixBertForCausalLM(config)
-    model.copy.gain.data.fill_(0.3)  # at its own size an untrained pointer drowns the rest: one word, again and again
     return VistGenerator(model, tokenizer, fusion)
 
 

@@ -6,7 +6,7 @@ only ever read in both directions. Mask and training follow UniLM's sequence-to-
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,17 @@ class PrefixBertConfig(BertConfig):
         super().__post_init__(**kwargs)
 
 
-class CopyAttention(nn.Module):
-    """Writes what it points at: attention from the words to be written over the *input embeddings* of the prompt.
+SHARPNESS = 30.0
+"""Of the cosine between what a position shows and a word: words at 0.6 count, words at 0.3 do not."""
 
-    Output embeddings are the input embeddings, so a position that is pointed at raises the words that it looks like,
-    seen in training or not; and a soft-prompt position is an input embedding like any other. Only the prompt is copied
-    from, never the answer itself. Source: the pointer of arXiv:1704.04368, on embeddings in the place of token ids.
+
+class CopyAttention(nn.Module):
+    """Points at where the next word stands in the prompt, or at the end of the answer.
+
+    What a position shows is told from its *input embedding* alone: the words whose embeddings it is near. So a word can
+    be copied whether or not training has seen it, and a latent, which shows several words, offers all of them; the
+    language model chooses. Only the prompt is copied from, never the answer itself. Source: the pointer-generator of
+    arXiv:1704.04368, on embeddings in the place of token ids, and as a product of experts in the place of a mixture.
     """
 
     def __init__(self, width: int) -> None:
@@ -40,38 +45,52 @@ class CopyAttention(nn.Module):
         # A query is the state and the word just written; a key is the state, its word and the word before it.
         self.query = nn.Linear(2 * width, width)
         self.key = nn.Linear(3 * width, width)
-        self.gain = nn.Parameter(torch.empty(width))
-        self.repeat = nn.Parameter(torch.empty(width))
+        self.end = nn.Parameter(torch.empty(width))
 
     def forward(
-        self, states: Tensor, embeddings: Tensor, mask: Tensor, cache: Any, layer: int
+        self, states: Tensor, embeddings: Tensor, words: Tensor, end: int, mask: Tensor, cache: Any, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """What is pointed at, and how strongly.
+        """Which word is copied, and where from.
 
         Args:
             states: States of this pass, float ``[b, t, d]``; the last ``q`` of them are written from.
             embeddings: Their input embeddings, float ``[b, t, d]``.
+            words: Embeddings of all words, float ``[v, d]``.
+            end: The word that ends an answer.
             mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
                 each of the last ``q``, bool ``[b, q, k]``.
-            cache: Keeps keys and values of the first pass; None where there is none.
+            cache: Keeps keys and words of the first pass; None where there is none.
             layer: Its layer for them.
         Returns:
-            What to add to the states, float ``[b, q, d]``, and the weights, float ``[b, q, k]``.
+            Probabilities of the words, float ``[b, q, v]``, and of the positions, float ``[b, q, k + 1]``; the last of
+            them is the end of the answer.
         """
         count = mask.shape[1]
         written = embeddings[:, -count:]
         queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
         if cache is not None and cache.get_seq_length(layer):
-            keys, values = cache.layers[layer].keys, cache.layers[layer].values
+            keys, shown = cache.layers[layer].keys, cache.layers[layer].values
         else:
             before = F.pad(embeddings[:, :-1], (0, 0, 1, 0))
-            keys, values = self.key(torch.cat((states, embeddings, before), dim=-1))[:, None], embeddings[:, None]
+            keys = self.key(torch.cat((states, embeddings, before), dim=-1))[:, None]
+            shown = self.shown(embeddings, words)[:, None]
             if cache is not None:
-                keys, values = cache.update(keys, values, layer)
-        scores = queries @ keys[:, 0].transpose(1, 2) / queries.shape[-1] ** 0.5
-        # Times the mask: who sees no position points nowhere, not everywhere.
-        weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) * mask
-        return self.gain * (weights @ values[:, 0]) - self.repeat * written, weights
+                keys, shown = cache.update(keys, shown, layer)
+        keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
+        scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
+        weights = scores.masked_fill(~F.pad(mask, (0, 1), value=True), torch.finfo(scores.dtype).min).softmax(-1)
+        # Of the words that a latent shows, the one just written is not the next.
+        copied = (weights[..., :-1] @ shown[:, 0].to(weights.dtype)) * (1 - self.shown(written, words))
+        ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
+        return copied + weights[..., -1:] * ends, weights
+
+    @staticmethod
+    @torch.no_grad()
+    def shown(embeddings: Tensor, words: Tensor) -> Tensor:
+        """The words that each position shows, as probabilities: float ``[b, k, d]`` -> ``[b, k, v]``."""
+        centre = words.mean(0)  # embeddings of one model share a direction that tells nothing
+        directions = F.normalize(words - centre, dim=-1)
+        return (SHARPNESS * F.normalize(embeddings - centre, dim=-1) @ directions.T).softmax(-1)
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):
@@ -97,7 +116,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         logits_to_keep: int = 0,
         **_: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the next token ``[b, t, v]``, the cache, and as ``attentions`` what is copied from ``[b, t, k]``.
+        """Logits of the next token ``[b, t, v]``, the cache, and as ``attentions`` what is copied (``CopyAttention``).
 
         Args:
             input_ids: int64 ``[b, t]``, or None.
@@ -140,9 +159,11 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
         # A word to be copied is never the one that stands at this very position.
         copyable = (seen & both_ways & ~own)[:, -kept.shape[1] :, : prompt.shape[1]]
-        copied, pointed = self.copy(states, embeddings, copyable, cache, self.config.num_hidden_layers)
-        head = self.cls.predictions
-        logits = head.decoder(head.transform(kept) + copied)
+        head, words = self.cls.predictions, cast(Tensor, self.get_input_embeddings().weight)
+        layer, end = self.config.num_hidden_layers, self.config.eos_token_id
+        copied, pointed = self.copy(states, embeddings, words, end, copyable, cache, layer)
+        # Both must agree on a word; a copy of nothing leaves the choice to the language model.
+        logits = head.decoder(head.transform(kept)) + (copied + 1 / len(words)).log()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))
 
     def _cache(self, cache: Any, *, use_cache: bool | None) -> Any:
@@ -158,10 +179,9 @@ class PrefixBertForCausalLM(BertLMHeadModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, CopyAttention):
-            init.constant_(module.gain, 20.0)
-            init.constant_(module.repeat, 5.0)
+            init.zeros_(module.end)
             # A position starts by pointing behind its own word; a latent shows several words, so at the word too.
-            eye = torch.eye(len(module.gain), dtype=module.gain.dtype, device=module.gain.device)
+            eye = torch.eye(len(module.end), dtype=module.end.dtype, device=module.end.device)
             init.copy_(module.query.weight, torch.cat((module.query.weight[:, : len(eye)], 12 * eye), dim=1))
             init.copy_(module.key.weight, torch.cat((module.key.weight[:, : len(eye)], 6 * eye, 12 * eye), dim=1))
 

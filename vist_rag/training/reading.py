@@ -249,11 +249,12 @@ class MemoryReading(nn.Module):
         longest_target: int,
         length: int,
     ) -> Tensor:
-        """Positions that show each token to be written, bool ``[b, longest_target, length]``."""
-        gold = torch.zeros(len(prompts), longest_target, length, dtype=torch.bool, device=targets[0].device)
+        """Positions that show each token to be written, and its end: bool ``[b, longest_target, length + 1]``."""
+        gold = torch.zeros(len(prompts), longest_target, length + 1, dtype=torch.bool, device=targets[0].device)
         for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             begin = length - len(target) - sum(map(len, prompt))  # left padding
             column = longest_target - len(target)
+            gold[i, -1, -1] = bool(pointers[i])
             for part, places in pointers[i]:
                 first, size = begin + sum(map(len, prompt[:part])), len(prompt[part])
                 if isinstance(segments[i][part], int):

@@ -155,7 +155,8 @@ def test_text_that_is_to_be_written_is_pointed_at() -> None:
         0
     ]
     written = batch["targets"][0].tolist()
-    assert gold.sum(1).tolist() == [2, 2, 2, 0]  # both times that it occurs; the end of the answer is nowhere
+    assert gold.sum(1).tolist() == [2, 2, 2, 1]  # both times that it occurs
+    assert gold[3].nonzero().tolist() == [[len(ids) + 4]]  # the end of the answer has a place of its own
     for token, places in zip(written[:3], gold, strict=False):
         assert {int(ids[place]) for place in places.nonzero()} == {token}
 
@@ -172,7 +173,7 @@ def test_latents_that_show_what_is_to_be_written_are_pointed_at() -> None:
     )
     memory_at = next(i for i, part in enumerate(batch["segments"][0]) if isinstance(part, int))
     before = sum(len(part) for part in prompt[:memory_at])
-    latents = gold[0].nonzero()[:, 1] - before - 1
+    latents = gold[0, :-1].nonzero()[:, 1] - before - 1
     pages = model.compressor.renderer.render([text])
     starts = pages.char_spans[0, ::4, 0].tolist()[: len(memory) - 2]
     expected = [max(i for i, start in enumerate(starts) if start <= text.index(word)) for word in ("in 1867", "1867")]
