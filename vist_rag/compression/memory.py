@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from vist_rag.errors import ConfigError, ShapeError
 
@@ -44,11 +43,15 @@ class VisualMemory:
 
 
 def merge_neighbours(latents: Tensor, n_latents: int) -> Tensor:
-    """Average neighbouring latents, ``[n, d]`` -> ``[n_latents, d]``, each over an equal share of the text.
+    """Average neighbouring latents, ``[n, d]`` -> ``[n_latents, d]``.
 
-    Where ``n_latents`` does not divide ``n``, a latent on a border counts on both sides.
+    Each latent counts once: groups of neighbours that differ by one in size at most, spread evenly over the text. So
+    where few have to go, most stay as they are.
     """
-    merged: Tensor = F.adaptive_avg_pool1d(latents.float().T[None], n_latents)[0].T
+    n = len(latents)
+    group = torch.arange(n, device=latents.device) * n_latents // n
+    sums = torch.zeros(n_latents, latents.shape[1], device=latents.device).index_add(0, group, latents.float())
+    merged: Tensor = sums / torch.bincount(group, minlength=n_latents)[:, None]
     return merged.to(latents.dtype)
 
 

@@ -29,6 +29,8 @@ class PrefixBertConfig(BertConfig):
 
 SHARPNESS = 30.0
 """Of the cosine between what a position shows and a word: words at 0.6 count, words at 0.3 do not."""
+REPEATED = 0.9
+"""How much less likely a word is copied once it is in the answer, as a share."""
 
 
 class CopyAttention(nn.Module):
@@ -48,7 +50,15 @@ class CopyAttention(nn.Module):
         self.end = nn.Parameter(torch.empty(width))
 
     def forward(
-        self, states: Tensor, embeddings: Tensor, words: Tensor, end: int, mask: Tensor, cache: Any, layer: int
+        self,
+        states: Tensor,
+        embeddings: Tensor,
+        words: Tensor,
+        end: int,
+        mask: Tensor,
+        answer: Tensor,
+        cache: Any,
+        layer: int,
     ) -> tuple[Tensor, Tensor]:
         """Which word is copied, and where from.
 
@@ -59,8 +69,9 @@ class CopyAttention(nn.Module):
             end: The word that ends an answer.
             mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
                 each of the last ``q``, bool ``[b, q, k]``.
-            cache: Keeps keys and words of the first pass; None where there is none.
-            layer: Its layer for them.
+            answer: Which of the last ``q`` positions belong to the answer, bool ``[b, q]``.
+            cache: Keeps keys and words of the first pass, and the answer so far; None where there is none.
+            layer: Its layer for the former; the next one is for the latter.
         Returns:
             Probabilities of the words, float ``[b, q, v]``, and of the positions, float ``[b, q, k + 1]``; the last of
             them is the end of the answer.
@@ -70,6 +81,8 @@ class CopyAttention(nn.Module):
         queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
         if cache is not None and cache.get_seq_length(layer):
             keys, shown = cache.layers[layer].keys, cache.layers[layer].values
+            written = cache.update(written[:, None], written[:, None], layer + 1)[0][:, 0]
+            answer = F.pad(answer, (written.shape[1] - count, 0), value=True)
         else:
             before = F.pad(embeddings[:, :-1], (0, 0, 1, 0))
             keys = self.key(torch.cat((states, embeddings, before), dim=-1))[:, None]
@@ -79,8 +92,9 @@ class CopyAttention(nn.Module):
         keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
         scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
         weights = scores.masked_fill(~F.pad(mask, (0, 1), value=True), torch.finfo(scores.dtype).min).softmax(-1)
-        # Of the words that a latent shows, the one just written is not the next.
-        copied = (weights[..., :-1] @ shown[:, 0].to(weights.dtype)) * (1 - self.shown(written, words))
+        # Of the words that a latent shows, those in the answer already are hardly the next.
+        fresh = torch.log1p(-REPEATED * self.shown(written, words) * answer[..., None]).cumsum(1).exp()[:, -count:]
+        copied = (weights[..., :-1] @ shown[:, 0].to(weights.dtype)) * fresh
         ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
         return copied + weights[..., -1:] * ends, weights
 
@@ -161,7 +175,8 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         copyable = (seen & both_ways & ~own)[:, -kept.shape[1] :, : prompt.shape[1]]
         head, words = self.cls.predictions, cast(Tensor, self.get_input_embeddings().weight)
         layer, end = self.config.num_hidden_layers, self.config.eos_token_id
-        copied, pointed = self.copy(states, embeddings, words, end, copyable, cache, layer)
+        answer = torch.ones_like(kept[..., 0], dtype=torch.bool) if past else (present & ~prompt)[:, -kept.shape[1] :]
+        copied, pointed = self.copy(states, embeddings, words, end, copyable, answer, cache, layer)
         # Both must agree on a word; a copy of nothing leaves the choice to the language model.
         logits = head.decoder(head.transform(kept)) + (copied + 1 / len(words)).log()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))
@@ -172,7 +187,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             if not use_cache:
                 return None
             cache = DynamicCache(config=self.config)
-        while len(cache.layers) <= self.config.num_hidden_layers:
+        while len(cache.layers) <= self.config.num_hidden_layers + 1:
             cache.layers.append(DynamicLayer())
         return cache
 

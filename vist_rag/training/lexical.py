@@ -26,6 +26,36 @@ from vist_rag.training.tower import TowerReading, reading_batch
 
 SCALE = 30.0
 """Of cosines, before the softmax over the pieces of the batch."""
+DECAY, EMPHASIS = 0.9, 0.6
+"""What a word piece weighs for each one before it in its window, in the mean and in the loss. What comes first looks
+most like the latent, and so the order in which a latent's words are to be read can be told."""
+
+
+def ranks(places: Tensor) -> Tensor:
+    """How many of the same place came before, for places of pieces in text order: int64 ``[m]`` -> int64 ``[m]``."""
+    order = places.sort(stable=True).indices
+    ordered = places[order]
+    position = torch.arange(len(places), device=places.device)
+    first = torch.searchsorted(ordered, ordered)
+    result = torch.empty_like(places)
+    result[order] = position - first
+    return result
+
+
+def weighted_means(embeddings: Tensor, places: Tensor, n: int) -> Tensor:
+    """What a perfect memory would be: the mean embedding of the word pieces in each window, the first weighing most.
+
+    Args:
+        embeddings: Of the pieces in text order, float ``[m, d]``.
+        places: Window of each, int64 ``[m]``.
+        n: Number of windows.
+    Returns:
+        float ``[n, d]``; zero where a window has no piece.
+    """
+    weights = DECAY ** ranks(places).to(embeddings.dtype)
+    sums = embeddings.new_zeros(n, embeddings.shape[1]).index_add(0, places, embeddings * weights[:, None])
+    totals = embeddings.new_zeros(n).index_add(0, places, weights)
+    return sums / totals.clamp(min=1e-9)[:, None]
 
 
 class LexicalAlignment(nn.Module):
@@ -89,15 +119,16 @@ class LexicalAlignment(nn.Module):
         logits = SCALE * F.normalize(prompt - self.centre, dim=-1) @ directions.T  # [l, known]
         told = logits.log_softmax(-1)[place, targets]
 
-        counts = torch.zeros(len(prompt), device=prompt.device).index_add_(0, place, torch.ones_like(told))
-        sums = torch.zeros_like(prompt).index_add_(0, place, embeddings)
-        shown = counts > 0
-        means = sums[shown] / counts[shown, None]
-        distance = (prompt[shown] - means).square().mean() / self.word_embeddings.var()
+        order = ranks(place)
+        emphasis = EMPHASIS**order
+        told_mean = (emphasis * told).sum() / emphasis.sum()
+        shown = torch.bincount(place, minlength=len(prompt)) > 0
+        means = weighted_means(embeddings, place, len(prompt))
+        distance = (prompt[shown] - means[shown]).square().mean() / self.word_embeddings.var()
 
         nearest = logits.detach().topk(min(3, logits.shape[1]), dim=-1).indices[place]
         return figures | {
-            "loss": distance - told.mean() + figures.get("loss", 0.0),
+            "loss": distance - told_mean + figures.get("loss", 0.0),
             "distance": distance.detach(),
             "piece_recall": (nearest == targets[:, None]).any(-1).float().mean(),
         }

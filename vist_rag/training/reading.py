@@ -18,6 +18,7 @@ from vist_rag.compression.memory import merge_neighbours
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.training.data import Question, titled
+from vist_rag.training.lexical import weighted_means
 from vist_rag.types import Passage
 
 Task = Literal["reconstruct", "continue", "answer"]
@@ -267,14 +268,12 @@ class MemoryReading(nn.Module):
         return gold
 
     def _ideal_memory(self, pieces: Tensor, latents: Tensor, rate: float) -> Tensor:
-        """A soft prompt ``[n + 2, d_llm]`` made of mean word embeddings, between the fusion's boundaries."""
+        """A soft prompt ``[n + 2, d_llm]`` made of ``weighted_means``, between the fusion's boundaries."""
         begin, end = self.fusion.boundaries[:1], self.fusion.boundaries[1:]
         with torch.no_grad():
             embeddings = self.lm.get_input_embeddings()(pieces.to(begin.device))
             n = int(latents.max()) + 1
-            sums = embeddings.new_zeros(n, embeddings.shape[1]).index_add_(0, latents.to(begin.device), embeddings)
-            counts = torch.bincount(latents, minlength=n).clamp(min=1).to(begin.device)
-            means = sums / counts[:, None]
+            means = weighted_means(embeddings, latents.to(begin.device), n)
             size = max(1, round(rate * n))
             memory = merge_neighbours(means, size) if size < n else means
         return torch.cat((begin, memory, end))

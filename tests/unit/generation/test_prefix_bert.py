@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import tiny_generator
-from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import CopyAttention, PrefixBertForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +104,55 @@ def test_round_trip_through_auto_classes(tmp_path: Path, model: PrefixBertForCau
     assert loaded.config.is_decoder
     assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+# -------------------------------------------------------------------------------------------------------------- copying
+
+
+def copying(queries: list[list[float]], *, answer: list[bool], mask: list[list[bool]] | None = None) -> Tensor:
+    """What a pointer that compares written words with the words before each position copies from words 0 1 2 3."""
+    words = torch.eye(6)
+    pointer = CopyAttention(6)
+    with torch.no_grad():
+        for parameter in pointer.parameters():
+            parameter.zero_()
+        pointer.query.weight[:, 6:] = 20 * torch.eye(6)  # the word just written ...
+        pointer.key.weight[:, 12:] = 20 * torch.eye(6)  # ... is looked for before each position
+    embeddings = torch.cat((words[:4], torch.tensor(queries)))[None]
+    count = len(queries)
+    allowed = torch.tensor(mask if mask is not None else [[True] * 4] * count)
+    allowed = torch.nn.functional.pad(allowed, (0, count))[None]
+    seen = torch.tensor(answer)[None]
+    copied: Tensor = pointer(torch.zeros_like(embeddings), embeddings, words, 5, allowed, seen, None, 0)[0]
+    return copied[0].detach()
+
+
+def test_a_pointer_follows_the_text_and_copies_words_that_no_training_has_seen() -> None:
+    written = torch.eye(6)[[0, 1, 2]].tolist()
+    assert copying(written, answer=[True] * 3).argmax(-1).tolist() == [1, 2, 3]
+
+
+def test_what_is_in_the_answer_is_hardly_copied_again() -> None:
+    mixed = (torch.eye(6)[0] + torch.eye(6)[2]).tolist()  # what follows 0, or what follows 2
+    first, second = torch.eye(6)[1].tolist(), mixed
+    fresh = copying([second], answer=[True])[0]
+    assert float(fresh[1]) == pytest.approx(float(fresh[3]), rel=1e-3)
+    after = copying([first, second], answer=[True, True])[1]  # 1 is written
+    assert float(after[1]) == pytest.approx(0.1 * float(after[3]), rel=1e-2)
+    asked = copying([first, second], answer=[False, True])[1]  # 1 was part of the question
+    assert float(asked[1]) == pytest.approx(float(asked[3]), rel=1e-3)
+
+
+def test_the_end_of_the_answer_is_what_is_pointed_at_where_nothing_may_be_copied() -> None:
+    copied = copying([torch.eye(6)[0].tolist()], answer=[True], mask=[[False] * 4])
+    assert copied.argmax(-1).tolist() == [5]
+    assert float(copied.sum()) == pytest.approx(1.0, abs=1e-4)
+
+
+@torch.no_grad()
+def test_beams_and_sampling_work_from_embeddings(model: PrefixBertForCausalLM) -> None:
+    embeddings = model.get_input_embeddings()(IDS[:, :4])
+    beams = model.generate(inputs_embeds=embeddings, max_new_tokens=5, num_beams=3, do_sample=False)
+    assert 1 <= beams.shape[1] <= 5
+    torch.manual_seed(0)
+    assert model.generate(inputs_embeds=embeddings, max_new_tokens=5, do_sample=True, top_k=5).shape[1] <= 5

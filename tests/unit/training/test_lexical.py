@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.support.tiny import tiny_compressor, tiny_generator, tiny_tokenizer
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import VistGenerator
-from vist_rag.training.lexical import Alternating, LexicalAlignment, WordSalad, lexical_batch
+from vist_rag.training.lexical import Alternating, LexicalAlignment, WordSalad, lexical_batch, ranks, weighted_means
 from vist_rag.training.reading import Example, MemoryReading
 from vist_rag.training.tower import TowerReading
 from vist_rag.types import Passage
@@ -42,6 +42,18 @@ def test_each_piece_belongs_to_the_latent_whose_window_shows_its_middle() -> Non
         checked += 1
     # No piece is lost: as many as the tokenizer makes.
     assert checked == sum(len(e.ids) for e in tokenizer.encode_batch(TEXTS, add_special_tokens=False))
+
+
+def test_pieces_are_ranked_within_their_window() -> None:
+    assert ranks(torch.tensor([3, 3, 0, 3, 0, 7])).tolist() == [0, 1, 0, 2, 1, 0]
+
+
+def test_the_first_piece_of_a_window_weighs_most() -> None:
+    embeddings = torch.eye(3)
+    means = weighted_means(embeddings, torch.tensor([0, 2, 0]), 4)
+    assert means[0].tolist() == pytest.approx([1 / 1.9, 0.0, 0.9 / 1.9])
+    assert means[2].tolist() == [0.0, 1.0, 0.0]
+    assert not means[[1, 3]].any()
 
 
 @pytest.mark.parametrize("with_heads", [False, True])
