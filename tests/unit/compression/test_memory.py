@@ -18,9 +18,9 @@ def test_coarsen_averages_neighbours() -> None:
 
 
 def test_coarsen_leaves_most_latents_whole_where_few_have_to_go() -> None:
-    assert memory(3, 6, 9, 12, 15).coarsen(4).latents[:, 0].tolist() == [4.5, 9, 12, 15]
+    assert memory(3.0, 6, 9, 12, 15).coarsen(4).latents[:, 0].tolist() == [4.5, 9, 12, 15]
     # No latent counts twice: groups of three and two.
-    assert memory(3, 6, 9, 12, 15).coarsen(2).latents[:, 0].tolist() == [6, 13.5]
+    assert memory(3.0, 6, 9, 12, 15).coarsen(2).latents[:, 0].tolist() == [6, 13.5]
 
 
 def test_coarsen_to_one_is_the_mean_and_keeps_the_dtype() -> None:
