@@ -27,8 +27,8 @@ class PrefixBertConfig(BertConfig):
         super().__post_init__(**kwargs)
 
 
-SHARPNESS = 30.0
-"""Of the cosine between what a position shows and a word: words at 0.6 count, words at 0.3 do not."""
+SHARPNESS = 20.0
+"""Of the cosine between what a position shows and a word. A latent of four words is at 0.4 to 0.6 of each."""
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
 

@@ -42,11 +42,19 @@ def ranks(places: Tensor) -> Tensor:
     return result
 
 
+def level(words: Tensor) -> Tensor:
+    """Embeddings ``[v, d]`` at one distance from their centre: in a mean, no word drowns the others."""
+    centre = words.mean(0)
+    distances = (words - centre).norm(dim=-1, keepdim=True)
+    levelled: Tensor = centre + (words - centre) * (distances.mean() / distances.clamp(min=1e-6))
+    return levelled
+
+
 def weighted_means(embeddings: Tensor, places: Tensor, n: int) -> Tensor:
     """What a perfect memory would be: the mean embedding of the word pieces in each window, the first weighing most.
 
     Args:
-        embeddings: Of the pieces in text order, float ``[m, d]``.
+        embeddings: Of the pieces in text order, ``level``, float ``[m, d]``.
         places: Window of each, int64 ``[m]``.
         n: Number of windows.
     Returns:
@@ -80,7 +88,7 @@ class LexicalAlignment(nn.Module):
     ) -> None:
         super().__init__()
         self.compressor, self.fusion, self.reading = compressor, fusion, reading
-        self.register_buffer("word_embeddings", word_embeddings.detach().clone(), persistent=False)
+        self.register_buffer("word_embeddings", level(word_embeddings.detach()), persistent=False)
         self.register_buffer("centre", word_embeddings.detach().mean(0), persistent=False)
 
     def forward(

@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vist_rag.compression.memory import merge_neighbours
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.training.data import Question, titled
-from vist_rag.training.lexical import weighted_means
+from vist_rag.training.lexical import level, weighted_means
 from vist_rag.types import Passage
 
 Task = Literal["reconstruct", "continue", "answer"]
@@ -271,7 +271,7 @@ class MemoryReading(nn.Module):
         """A soft prompt ``[n + 2, d_llm]`` made of ``weighted_means``, between the fusion's boundaries."""
         begin, end = self.fusion.boundaries[:1], self.fusion.boundaries[1:]
         with torch.no_grad():
-            embeddings = self.lm.get_input_embeddings()(pieces.to(begin.device))
+            embeddings = level(cast(Tensor, self.lm.get_input_embeddings().weight))[pieces.to(begin.device)]
             n = int(latents.max()) + 1
             means = weighted_means(embeddings, latents.to(begin.device), n)
             size = max(1, round(rate * n))
