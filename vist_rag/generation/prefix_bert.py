@@ -27,19 +27,37 @@ class PrefixBertConfig(BertConfig):
         super().__post_init__(**kwargs)
 
 
+SLOTS = 6
+"""Words that a soft-prompt position holds apart, in reading order; further ones share the last slot."""
 SHARPNESS = 20.0
-"""Of the cosine between what a position shows and a word. A latent of four words is at 0.4 to 0.6 of each."""
+"""Of the cosine between what a slot shows and a word. A latent of four words is at 0.5 of each."""
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
+LOOKED_AT = 32
+"""Slots of a prompt whose words are considered: the most strongly pointed at."""
+_COS, _SIN = 0.5, 0.75**0.5
+
+
+def turn(vectors: Tensor, slot: int, *, back: bool = False) -> Tensor:
+    """Mark vectors, float ``[..., d]``, as the word at this place of their position, or take the mark away.
+
+    A rotation by 60 degrees of pairs of coordinates, other pairs for each slot; the first slot is not turned. So a sum
+    of several words is near each of them, and tells which came first. ``d`` must be a multiple of ``2 ** (SLOTS - 1)``.
+    """
+    if slot == 0:
+        return vectors
+    first, second = vectors.unflatten(-1, (-1, 2, 2 ** (slot - 1))).unbind(-2)
+    sin = -_SIN if back else _SIN
+    return torch.stack((_COS * first - sin * second, sin * first + _COS * second), dim=-2).flatten(-3)
 
 
 class CopyAttention(nn.Module):
     """Points at where the next word stands in the prompt, or at the end of the answer.
 
     What a position shows is told from its *input embedding* alone: the words whose embeddings it is near. So a word can
-    be copied whether or not training has seen it, and a latent, which shows several words, offers all of them; the
-    language model chooses. Only the prompt is copied from, never the answer itself. Source: the pointer-generator of
-    arXiv:1704.04368, on embeddings in the place of token ids, and as a product of experts in the place of a mixture.
+    be copied whether or not training has seen it, and a latent, which holds several words in its slots, offers each of
+    them. Only the prompt is copied from, never the answer itself. Source: the pointer-generator of arXiv:1704.04368, on
+    embeddings in the place of token ids, and as a product of experts in the place of a mixture.
     """
 
     def __init__(self, width: int) -> None:
@@ -70,41 +88,56 @@ class CopyAttention(nn.Module):
             mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
                 each of the last ``q``, bool ``[b, q, k]``.
             answer: Which of the last ``q`` positions belong to the answer, bool ``[b, q]``.
-            cache: Keeps keys and words of the first pass, and the answer so far; None where there is none.
+            cache: Keeps keys and slots of the first pass, and the answer so far; None where there is none.
             layer: Its layer for the former; the next one is for the latter.
         Returns:
-            Probabilities of the words, float ``[b, q, v]``, and of the positions, float ``[b, q, k + 1]``; the last of
-            them is the end of the answer.
+            Probabilities of the words, float ``[b, q, v]``, and of the places, float ``[b, q, k * SLOTS + 1]``: the
+            slots of each position in turn, then the end of the answer.
         """
         count = mask.shape[1]
         written = embeddings[:, -count:]
+        centre = words.mean(0)  # embeddings of one model share a direction that tells nothing
         queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
         if cache is not None and cache.get_seq_length(layer):
-            keys, shown = cache.layers[layer].keys, cache.layers[layer].values
+            keys, slots = cache.layers[layer].keys, cache.layers[layer].values
             written = cache.update(written[:, None], written[:, None], layer + 1)[0][:, 0]
             answer = F.pad(answer, (written.shape[1] - count, 0), value=True)
         else:
-            before = F.pad(embeddings[:, :-1], (0, 0, 1, 0))
-            keys = self.key(torch.cat((states, embeddings, before), dim=-1))[:, None]
-            shown = self.shown(embeddings, words)[:, None]
+            keys, slots = self._slots(states, embeddings - centre, size=(words - centre).norm(dim=-1).mean())
+            keys, slots = keys[:, None], slots[:, None]
             if cache is not None:
-                keys, shown = cache.update(keys, shown, layer)
+                keys, slots = cache.update(keys, slots, layer)
         keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
         scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
-        weights = scores.masked_fill(~F.pad(mask, (0, 1), value=True), torch.finfo(scores.dtype).min).softmax(-1)
-        # Of the words that a latent shows, those in the answer already are hardly the next.
-        fresh = torch.log1p(-REPEATED * self.shown(written, words) * answer[..., None]).cumsum(1).exp()[:, -count:]
-        copied = (weights[..., :-1] @ shown[:, 0].to(weights.dtype)) * fresh
+        allowed = F.pad(mask.repeat_interleave(SLOTS, dim=-1), (0, 1), value=True)
+        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+
+        # The answer is written from its own words and from the last position of the prompt.
+        writes = answer[:, -count:] | F.pad(answer[:, -count:], (0, 1))[:, 1:]
+        pointing = weights[..., :-1].detach() * (writes | ~writes.any(1, keepdim=True))[..., None]
+        strongest = pointing.amax(1).topk(min(LOOKED_AT, slots.shape[2]), dim=-1).indices  # [b, n]
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        with torch.no_grad():
+            directions = F.normalize(words - centre, dim=-1)
+            shown = (SHARPNESS * slots[:, 0][rows, strongest] @ directions.T).softmax(-1)  # [b, n, v]
+            repeated = (SHARPNESS * F.normalize(written - centre, dim=-1) @ directions.T).softmax(-1)
+            # What a latent shows and is in the answer already is hardly the next word.
+            fresh = torch.log1p(-REPEATED * repeated * answer[..., None]).cumsum(1).exp()[:, -count:]
+        looked_at = weights.gather(2, strongest[:, None].expand(-1, count, -1))
+        copied = (looked_at @ shown.to(weights.dtype)) * fresh
         ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
         return copied + weights[..., -1:] * ends, weights
 
-    @staticmethod
-    @torch.no_grad()
-    def shown(embeddings: Tensor, words: Tensor) -> Tensor:
-        """The words that each position shows, as probabilities: float ``[b, k, d]`` -> ``[b, k, v]``."""
-        centre = words.mean(0)  # embeddings of one model share a direction that tells nothing
-        directions = F.normalize(words - centre, dim=-1)
-        return (SHARPNESS * F.normalize(embeddings - centre, dim=-1) @ directions.T).softmax(-1)
+    def _slots(self, states: Tensor, embeddings: Tensor, *, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and directions of all slots, float ``[b, k * SLOTS, d]`` twice, of states and centred embeddings."""
+        directions = [F.normalize(turn(embeddings, slot, back=True), dim=-1) for slot in range(SLOTS)]
+        last = F.pad(F.normalize(embeddings[:, :-1], dim=-1), (0, 0, 1, 0))
+        slots = torch.stack(directions, dim=2)
+        before = torch.stack([last, *directions[:-1]], dim=2)
+        of_state, of_words = self.key.weight.split((states.shape[-1], 2 * states.shape[-1]), dim=1)
+        keys = F.linear(states, of_state, self.key.bias)[:, :, None]
+        keys = keys + F.linear(size * torch.cat((slots, before), dim=-1), of_words)
+        return keys.flatten(1, 2), slots.flatten(1, 2)
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):
@@ -156,7 +189,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         cache = self._cache(past_key_values, use_cache=use_cache)
         prompt = prefix_mask.bool() if prefix_mask is not None else present
         if past:  # what the first pass read
-            prompt = prompt[:, : cache.get_seq_length(self.config.num_hidden_layers)]
+            prompt = prompt[:, : cache.get_seq_length(self.config.num_hidden_layers) // SLOTS]
         own = torch.eye(past + length, dtype=torch.bool, device=embeddings.device)[None, past:]
         causal = torch.ones(length, past + length, dtype=torch.bool, device=embeddings.device).tril(past)
         both_ways = F.pad(prompt, (0, past + length - prompt.shape[1]))[:, None]

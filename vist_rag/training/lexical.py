@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -21,14 +21,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import SoftPromptFusion
+from vist_rag.generation.prefix_bert import SLOTS, turn
 from vist_rag.rendering import Pages
 from vist_rag.training.tower import TowerReading, reading_batch
 
 SCALE = 30.0
 """Of cosines, before the softmax over the pieces of the batch."""
-DECAY, EMPHASIS = 0.9, 0.6
-"""What a word piece weighs for each one before it in its window, in the mean and in the loss. What comes first looks
-most like the latent, and so the order in which a latent's words are to be read can be told."""
 
 
 def ranks(places: Tensor) -> Tensor:
@@ -50,20 +48,30 @@ def level(words: Tensor) -> Tensor:
     return levelled
 
 
-def weighted_means(embeddings: Tensor, places: Tensor, n: int) -> Tensor:
-    """What a perfect memory would be: the mean embedding of the word pieces in each window, the first weighing most.
+def hold(embeddings: Tensor, places: Tensor, n: int, centre: Tensor) -> Tensor:
+    """What a perfect memory would be: the mean of the word pieces in each window, each marked with its slot.
 
     Args:
         embeddings: Of the pieces in text order, ``level``, float ``[m, d]``.
         places: Window of each, int64 ``[m]``.
         n: Number of windows.
+        centre: Of all words, float ``[d]``.
     Returns:
-        float ``[n, d]``; zero where a window has no piece.
+        float ``[n, d]``; the centre where a window has no piece.
     """
-    weights = DECAY ** ranks(places).to(embeddings.dtype)
-    sums = embeddings.new_zeros(n, embeddings.shape[1]).index_add(0, places, embeddings * weights[:, None])
-    totals = embeddings.new_zeros(n).index_add(0, places, weights)
-    return sums / totals.clamp(min=1e-9)[:, None]
+    slots = slots_of(places)
+    turned = embeddings - centre
+    for slot in range(1, SLOTS):
+        here = slots == slot
+        turned[here] = turn(turned[here], slot)
+    sums = turned.new_zeros(n, turned.shape[1]).index_add(0, places, turned)
+    counts = torch.bincount(places, minlength=n).clamp(min=1)
+    return centre + sums / counts[:, None]
+
+
+def slots_of(places: Tensor) -> Tensor:
+    """Slot of each piece in its window, for places of pieces in text order: int64 ``[m]`` -> int64 ``[m]``."""
+    return ranks(places).clamp(max=SLOTS - 1)
 
 
 class LexicalAlignment(nn.Module):
@@ -100,7 +108,7 @@ class LexicalAlignment(nn.Module):
         characters: Tensor | None = None,
         words: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss, and the share of pieces that are among the three nearest of their latent.
+        """Loss, and the share of pieces that are the nearest ones of their slot.
 
         Args:
             pixel_values: float ``[p, c, size, size]``.
@@ -124,21 +132,22 @@ class LexicalAlignment(nn.Module):
         known, targets = pieces.unique(return_inverse=True)
         embeddings = self.word_embeddings[pieces]
         directions = F.normalize(self.word_embeddings[known] - self.centre, dim=-1)
-        logits = SCALE * F.normalize(prompt - self.centre, dim=-1) @ directions.T  # [l, known]
-        told = logits.log_softmax(-1)[place, targets]
+        slots = slots_of(place)
+        logits = prompt.new_zeros(len(pieces), len(known))
+        for slot in range(SLOTS):
+            here = slots == slot
+            shown = turn(prompt[place[here]] - self.centre, slot, back=True)
+            logits[here] = SCALE * F.normalize(shown, dim=-1) @ directions.T
+        told = F.cross_entropy(logits, targets)
 
-        order = ranks(place)
-        emphasis = EMPHASIS**order
-        told_mean = (emphasis * told).sum() / emphasis.sum()
-        shown = torch.bincount(place, minlength=len(prompt)) > 0
-        means = weighted_means(embeddings, place, len(prompt))
-        distance = (prompt[shown] - means[shown]).square().mean() / self.word_embeddings.var()
+        standing_for = torch.bincount(place, minlength=len(prompt)) > 0
+        ideal = hold(embeddings, place, len(prompt), self.centre)
+        distance = (prompt - ideal)[standing_for].square().mean() / self.word_embeddings.var()
 
-        nearest = logits.detach().topk(min(3, logits.shape[1]), dim=-1).indices[place]
         return figures | {
-            "loss": distance - told_mean + figures.get("loss", 0.0),
+            "loss": distance + told + figures.get("loss", 0.0),
             "distance": distance.detach(),
-            "piece_recall": (nearest == targets[:, None]).any(-1).float().mean(),
+            "piece_accuracy": (logits.argmax(-1) == targets).float().mean(),
         }
 
 
@@ -202,16 +211,9 @@ def lexical_batch(
     """
     pages = compressor.renderer.render(texts)
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    places, ids = [], []
-    for page, (text_id, starts) in enumerate(zip(pages.text_ids.tolist(), _window_starts(pages), strict=True)):
-        encoding = encodings[text_id]
-        middles = np.array([(start + end - 1) // 2 for start, end in encoding.offsets], np.int64)
-        used = int(pages.patch_mask[page].sum())
-        end = int(pages.char_spans[page, max(used - 1, 0), 1])
-        patch = np.searchsorted(starts[:used], middles, side="right") - 1
-        here = (patch >= 0) & (middles < end)
-        ids.append(np.array(encoding.ids, np.int64)[here])
-        places.append(np.stack((np.full(here.sum(), page), patch[here] // compressor.resampler.window), axis=1))
+    shown_on = list(pieces_of_pages(pages, encodings, compressor.resampler.window))
+    places = [np.stack((np.full(len(latents), page), latents), axis=1) for page, (_, latents) in enumerate(shown_on)]
+    ids = [some for some, _ in shown_on]
     shown = reading_batch(texts, compressor.renderer, tokenizer) if reading else {}
     return shown | {
         "pixel_values": pages.pixel_values,
@@ -221,6 +223,17 @@ def lexical_batch(
     }
 
 
-def _window_starts(pages: Pages) -> np.ndarray:
-    """First character of each patch, ascending within a page, int64 ``[p, s]``."""
-    return np.maximum.accumulate(pages.char_spans[..., 0].numpy(), axis=1)
+def pieces_of_pages(pages: Pages, encodings: Sequence[Any], window: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each page, ids of the word pieces that it shows and the latent whose window holds their middle.
+
+    int64 ``[m]`` twice, in text order; every piece of a text is on one of its pages.
+    """
+    first = np.maximum.accumulate(pages.char_spans[..., 0].numpy(), axis=1)  # character of each patch, ascending
+    for page, (text_id, starts) in enumerate(zip(pages.text_ids.tolist(), first, strict=True)):
+        encoding = encodings[text_id]
+        middles = np.array([(start + end - 1) // 2 for start, end in encoding.offsets], np.int64)
+        used = int(pages.patch_mask[page].sum())
+        end = int(pages.char_spans[page, max(used - 1, 0), 1])
+        patch = np.searchsorted(starts[:used], middles, side="right") - 1
+        here = (patch >= 0) & (middles < end)
+        yield np.array(encoding.ids, np.int64)[here], patch[here] // window

@@ -16,15 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from vist_rag.compression import VistCompressor
 from vist_rag.compression.memory import merge_neighbours
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
+from vist_rag.rendering import Pages
 from vist_rag.training.data import Question, titled
-from vist_rag.training.lexical import level, weighted_means
+from vist_rag.training.lexical import hold, level, pieces_of_pages, slots_of
 from vist_rag.types import Passage
 
 Task = Literal["reconstruct", "continue", "answer"]
 RECONSTRUCT = "What does the document say?"
-WINDOW_CHARACTERS = 10.7
-"""Characters of English that four patches of the embedded atlas show."""
 CONTINUE = "What comes after: {cue}?"
 
 
@@ -133,15 +132,14 @@ class MemoryReading(nn.Module):
                     row += [generator.tokenize(template.memory), len(contents)]
                     contents.append(passage.content)
                     shown = passage.content
-                if (places := self._places(example.target, shown, raw=example.raw)) is not None:
-                    pointers[-1].append((len(row) - 1, places))
+                if (tokens := self._tokens(example.target, shown)) is not None:
+                    pointers[-1].append((len(row) - 1, tokens))
             row.append(generator.tokenize(template.question.replace("{question}", example.question)))
             row.append(generator.ids(after))
             segments.append(row)
         end = generator.ids([generator.tokenizer.eos_token_id])
         targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
-        ideal = rng.random() < self.ideal
-        pages = self.compressor.renderer.render([] if ideal else contents)
+        pages = self.compressor.renderer.render(contents)
         rates = rng.choices(list(self.rates), list(self.rates.values()), k=len(contents))
         return {
             "pixel_values": pages.pixel_values,
@@ -150,33 +148,43 @@ class MemoryReading(nn.Module):
             "rates": rates,
             "segments": segments,
             "targets": targets,
-            "windows": [self._windows(content) for content in contents] if ideal else [],
+            "windows": self._windows(contents, pages),
+            "ideal": rng.random() < self.ideal,
             "pointers": pointers,
         }
 
-    def _places(self, target: str, shown: str, *, raw: bool) -> Tensor | None:
-        """Where each token of the target stands in what is shown, a row for each of up to four occurrences, ``[o, t]``.
+    def _tokens(self, target: str, shown: str) -> Tensor | None:
+        """Where the tokens of the target stand among those of what is shown, a row for each of up to four occurrences.
 
-        Raw text counts tokens; memory counts shares of the text, in 0..1. None where the target does not occur.
+        int64 ``[o, t]``; None where the target does not occur in the same tokens.
         """
         tokenizer = self._generator[0].tokenizer
-        found = [m.start() for m in re.finditer(re.escape(target.lower()), shown.lower())][:4]
-        if not found or not target:
-            return None
-        offsets = tokenizer(" " + target, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        middles = torch.tensor([(start + end - 1) / 2 - 1 for start, end in offsets])
-        places = torch.tensor(found)[:, None] + middles
-        if not raw:
-            return places / len(shown)
-        spans = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        starts = torch.tensor([start for start, _ in spans], dtype=torch.float)
-        return (torch.searchsorted(starts, places, right=True) - 1).clamp(min=0)
+        wanted = tokenizer(" " + target, add_special_tokens=False).input_ids
+        encoded = tokenizer(shown, add_special_tokens=False, return_offsets_mapping=True)
+        begins = {start: i for i, (start, _) in enumerate(encoded.offset_mapping)}
+        found = []
+        for match in re.finditer(re.escape(target.lower().strip()), shown.lower()):
+            i = begins.get(match.start())
+            if wanted and i is not None and encoded.input_ids[i : i + len(wanted)] == wanted:
+                found.append(range(i, i + len(wanted)))
+        return torch.tensor([list(row) for row in found[:4]]) if found else None
 
-    def _windows(self, content: str) -> tuple[Tensor, Tensor]:
-        """Word pieces of a text, and the latent whose window would show each: int64 ``[t]`` twice."""
-        encoded = self._generator[0].tokenizer(content, add_special_tokens=False, return_offsets_mapping=True)
-        middles = [(start + end - 1) // 2 for start, end in encoded.offset_mapping]
-        return torch.tensor(encoded.input_ids), torch.tensor([int(m / WINDOW_CHARACTERS) for m in middles])
+    def _windows(self, contents: Sequence[str], pages: Pages) -> list[tuple[Tensor, Tensor, int]]:
+        """Of each text, its word pieces, the latent that shows each (int64 ``[m]`` twice), and how many latents."""
+        window = self.compressor.resampler.window
+        encodings = self._generator[0].tokenizer.backend_tokenizer.encode_batch(
+            list(contents), add_special_tokens=False
+        )
+        pieces: list[list[Tensor]] = [[] for _ in contents]
+        latents: list[list[Tensor]] = [[] for _ in contents]
+        counts = [0] * len(contents)
+        used = pages.patch_mask.sum(1).tolist()
+        shown = pieces_of_pages(pages, encodings, window)
+        for text, patches, (ids, places) in zip(pages.text_ids.tolist(), used, shown, strict=True):
+            pieces[text].append(torch.from_numpy(ids))
+            latents[text].append(torch.from_numpy(places) + counts[text])
+            counts[text] += max(1, -(-int(patches) // window))
+        return [(torch.cat(p), torch.cat(at), n) for p, at, n in zip(pieces, latents, counts, strict=True)]
 
     def forward(
         self,
@@ -186,8 +194,10 @@ class MemoryReading(nn.Module):
         rates: list[float],
         segments: list[list[Tensor | int]],
         targets: list[Tensor],
-        windows: Sequence[tuple[Tensor, Tensor]] = (),
+        windows: Sequence[tuple[Tensor, Tensor, int]] = (),
         pointers: Sequence[Sequence[tuple[int, Tensor]]] = (),
+        *,
+        ideal: bool = False,
     ) -> dict[str, Tensor]:
         """Loss of the targets, and the share of their tokens that come first in the distribution.
 
@@ -200,10 +210,11 @@ class MemoryReading(nn.Module):
             rates: Share of the latents that each text keeps.
             segments: Each prompt as token ids and, for a memory, the number of its text.
             targets: Token ids to be written, a row each.
-            windows: Of each text, its word pieces and the latents that show them, where memory is ideal.
-            pointers: Of each prompt, the parts that show the target, and where (``_places``).
+            windows: Of each text, its word pieces, the latent that shows each, and how many latents there are.
+            pointers: Of each prompt, the parts that show the target, and which of their tokens it is.
+            ideal: Whether memory is what it should be, and not what the compressor makes.
         """
-        if windows:
+        if ideal:
             memories = [self._ideal_memory(*window, rate) for window, rate in zip(windows, rates, strict=True)]
         else:
             memories = self._memories(pixel_values, patch_mask, text_ids, rates)
@@ -234,7 +245,7 @@ class MemoryReading(nn.Module):
         loss = F.cross_entropy(logits[told].float(), labels[told])
         figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
         if isinstance(self.lm, PrefixBertForCausalLM):
-            gold = self._gold(prompts, segments, targets, pointers, labels.shape[1], embeds.shape[1])
+            gold = self._gold(prompts, segments, targets, pointers, windows, (labels.shape[1], embeds.shape[1]))
             pointed = (output.attentions[0][:, :-1] * gold).sum(-1)[gold.any(-1)]
             if len(pointed):
                 loss = loss - pointed.clamp(min=1e-6).log().mean()
@@ -247,35 +258,40 @@ class MemoryReading(nn.Module):
         segments: Sequence[Sequence[Tensor | int]],
         targets: Sequence[Tensor],
         pointers: Sequence[Sequence[tuple[int, Tensor]]],
-        longest_target: int,
-        length: int,
+        windows: Sequence[tuple[Tensor, Tensor, int]],
+        size: tuple[int, int],
     ) -> Tensor:
-        """Positions that show each token to be written, and its end: bool ``[b, longest_target, length + 1]``."""
-        gold = torch.zeros(len(prompts), longest_target, length + 1, dtype=torch.bool, device=targets[0].device)
+        """Places that show each token to be written, and its end, as ``CopyAttention`` counts them.
+
+        bool ``[b, longest target, length * SLOTS + 1]``; ``size`` is longest target and length.
+        """
+        longest_target, length = size
+        gold = torch.zeros(len(prompts), longest_target, length * SLOTS + 1, dtype=torch.bool)
         for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             begin = length - len(target) - sum(map(len, prompt))  # left padding
             column = longest_target - len(target)
             gold[i, -1, -1] = bool(pointers[i])
-            for part, places in pointers[i]:
-                first, size = begin + sum(map(len, prompt[:part])), len(prompt[part])
-                if isinstance(segments[i][part], int):
-                    # Between its boundaries, a memory shows the text in equal shares.
-                    at = first + 1 + (places * (size - 2)).long().clamp(0, size - 3)
+            for part, tokens in pointers[i]:
+                first, text = begin + sum(map(len, prompt[:part])), segments[i][part]
+                if isinstance(text, int):
+                    _, latents, n = windows[text]
+                    merged = latents * (len(prompt[part]) - 2) // n  # as merge_neighbours groups them
+                    places = (first + 1 + merged) * SLOTS + slots_of(latents)
+                    at = places[tokens]
                 else:
-                    at = first + places.long().clamp(max=size - 1)
-                tokens = torch.arange(at.shape[1]).expand_as(at) + column
-                gold[i, tokens.flatten(), at.flatten()] = True
-        return gold
+                    at = (first + tokens) * SLOTS
+                columns = torch.arange(at.shape[1]).expand_as(at) + column
+                gold[i, columns.flatten(), at.flatten()] = True
+        return gold.to(targets[0].device)
 
-    def _ideal_memory(self, pieces: Tensor, latents: Tensor, rate: float) -> Tensor:
-        """A soft prompt ``[n + 2, d_llm]`` made of ``weighted_means``, between the fusion's boundaries."""
+    def _ideal_memory(self, pieces: Tensor, latents: Tensor, n: int, rate: float) -> Tensor:
+        """A soft prompt ``[m + 2, d_llm]`` that holds the pieces of each window, between the fusion's boundaries."""
         begin, end = self.fusion.boundaries[:1], self.fusion.boundaries[1:]
         with torch.no_grad():
-            embeddings = level(cast(Tensor, self.lm.get_input_embeddings().weight))[pieces.to(begin.device)]
-            n = int(latents.max()) + 1
-            means = weighted_means(embeddings, latents.to(begin.device), n)
+            words = cast(Tensor, self.lm.get_input_embeddings().weight)
+            held = hold(level(words)[pieces.to(begin.device)], latents.to(begin.device), n, words.mean(0))
             size = max(1, round(rate * n))
-            memory = merge_neighbours(means, size) if size < n else means
+            memory = merge_neighbours(held, size) if size < n else held
         return torch.cat((begin, memory, end))
 
     def _memories(self, pixel_values: Tensor, patch_mask: Tensor, text_ids: Tensor, rates: list[float]) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import tiny_generator
-from vist_rag.generation.prefix_bert import CopyAttention, PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import SLOTS, CopyAttention, PrefixBertForCausalLM, turn
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +75,9 @@ def test_cached_decoding_equals_a_full_forward(model: PrefixBertForCausalLM, pad
             input_ids=ids[:, at : at + 1], attention_mask=mask[:, : at + 1], past_key_values=out.past_key_values
         )
         steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), full[:, padding:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1), full[:, padding:], atol=1e-3, rtol=1e-4)
     alone = model(input_ids=IDS, prefix_mask=PREFIX).logits
-    torch.testing.assert_close(full[:, padding:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(full[:, padding:], alone, atol=1e-3, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -109,44 +109,70 @@ def test_round_trip_through_auto_classes(tmp_path: Path, model: PrefixBertForCau
 # -------------------------------------------------------------------------------------------------------------- copying
 
 
-def copying(queries: list[list[float]], *, answer: list[bool], mask: list[list[bool]] | None = None) -> Tensor:
-    """What a pointer that compares written words with the words before each position copies from words 0 1 2 3."""
-    words = torch.eye(6)
-    pointer = CopyAttention(6)
+WORDS = torch.nn.functional.normalize(torch.randn(40, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+END = 39
+
+
+def copying(
+    prompt: Tensor, written: Tensor, *, answer: list[bool] | None = None, mask: list[bool] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Words and places, for a pointer that looks for what was written last before each slot of the prompt."""
+    pointer = CopyAttention(64)
     with torch.no_grad():
         for parameter in pointer.parameters():
             parameter.zero_()
-        pointer.query.weight[:, 6:] = 20 * torch.eye(6)  # the word just written ...
-        pointer.key.weight[:, 12:] = 20 * torch.eye(6)  # ... is looked for before each position
-    embeddings = torch.cat((words[:4], torch.tensor(queries)))[None]
-    count = len(queries)
-    allowed = torch.tensor(mask if mask is not None else [[True] * 4] * count)
-    allowed = torch.nn.functional.pad(allowed, (0, count))[None]
-    seen = torch.tensor(answer)[None]
-    copied: Tensor = pointer(torch.zeros_like(embeddings), embeddings, words, 5, allowed, seen, None, 0)[0]
-    return copied[0].detach()
+        pointer.query.weight[:, 64:] = 20 * torch.eye(64)  # the word just written ...
+        pointer.key.weight[:, 128:] = 20 * torch.eye(64)  # ... is looked for before each place
+        embeddings = torch.cat((prompt, written))[None]
+        count = len(written)
+        allowed = torch.tensor([mask or [True] * len(prompt)] * count)
+        allowed = torch.nn.functional.pad(allowed, (0, count))[None]
+        told = torch.tensor([answer or [True] * count])
+        copied, places = pointer(torch.zeros_like(embeddings), embeddings, WORDS, END, allowed, told, None, 0)
+    return copied[0], places[0]
 
 
 def test_a_pointer_follows_the_text_and_copies_words_that_no_training_has_seen() -> None:
-    written = torch.eye(6)[[0, 1, 2]].tolist()
-    assert copying(written, answer=[True] * 3).argmax(-1).tolist() == [1, 2, 3]
+    copied, _ = copying(WORDS[[3, 9, 4, 17]], WORDS[[3, 9, 4]])
+    assert copied.argmax(-1).tolist() == [9, 4, 17]
+
+
+def test_a_pointer_follows_the_words_within_a_latent_and_on_to_the_next() -> None:
+    centre = WORDS.mean(0)
+    latents = [
+        centre + sum(turn(WORDS[word] - centre, slot) for slot, word in enumerate(held)) / len(held)
+        for held in ((3, 9, 4), (17, 21))
+    ]
+    copied, places = copying(torch.stack(latents), WORDS[[3, 9, 17]])
+    assert copied.argmax(-1).tolist() == [9, 4, 21]
+    assert places.shape == (3, 5 * SLOTS + 1)
+    assert places.argmax(-1).tolist() == [1, 2, SLOTS + 1]
+
+
+def test_turning_is_a_rotation_and_can_be_taken_back() -> None:
+    for slot in range(SLOTS):
+        turned = turn(WORDS, slot)
+        assert torch.allclose(turned.norm(dim=-1), WORDS.norm(dim=-1), atol=1e-5)
+        assert torch.allclose(turn(turned, slot, back=True), WORDS, atol=1e-5)
+        cosines = (turned * WORDS).sum(-1)
+        assert torch.allclose(cosines, torch.full_like(cosines, 1.0 if slot == 0 else 0.5), atol=1e-5)
 
 
 def test_what_is_in_the_answer_is_hardly_copied_again() -> None:
-    mixed = (torch.eye(6)[0] + torch.eye(6)[2]).tolist()  # what follows 0, or what follows 2
-    first, second = torch.eye(6)[1].tolist(), mixed
-    fresh = copying([second], answer=[True])[0]
-    assert float(fresh[1]) == pytest.approx(float(fresh[3]), rel=1e-3)
-    after = copying([first, second], answer=[True, True])[1]  # 1 is written
-    assert float(after[1]) == pytest.approx(0.1 * float(after[3]), rel=1e-2)
-    asked = copying([first, second], answer=[False, True])[1]  # 1 was part of the question
-    assert float(asked[1]) == pytest.approx(float(asked[3]), rel=1e-3)
+    prompt, both = WORDS[[0, 1, 2, 3]], (WORDS[0] + WORDS[2])[None]  # what follows 0, or what follows 2
+    fresh = copying(prompt, both)[0][0]
+    after = copying(prompt, torch.cat((WORDS[[1]], both)))[0][1]  # 1 is written
+    asked = copying(prompt, torch.cat((WORDS[[1]], both)), answer=[False, True])[0][1]  # 1 was part of the question
+    assert float(after[1]) == pytest.approx(0.1 * float(fresh[1]), rel=0.05)
+    assert float(after[3]) == pytest.approx(float(fresh[3]), rel=0.05)
+    assert float(asked[1]) == pytest.approx(float(fresh[1]), rel=0.05)
 
 
 def test_the_end_of_the_answer_is_what_is_pointed_at_where_nothing_may_be_copied() -> None:
-    copied = copying([torch.eye(6)[0].tolist()], answer=[True], mask=[[False] * 4])
-    assert copied.argmax(-1).tolist() == [5]
+    copied, places = copying(WORDS[[0, 1, 2, 3]], WORDS[[0]], mask=[False] * 4)
+    assert copied.argmax(-1).tolist() == [END]
     assert float(copied.sum()) == pytest.approx(1.0, abs=1e-4)
+    assert float(places[0, -1]) == pytest.approx(1.0)
 
 
 @torch.no_grad()

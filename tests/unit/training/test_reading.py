@@ -10,8 +10,9 @@ from torch.nn import functional as F  # noqa: N812
 from tests.support.causal import causal_generator
 from tests.support.tiny import tiny_compressor
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
 from vist_rag.training.data import Question
+from vist_rag.training.lexical import slots_of
 from vist_rag.training.reading import (
     CONTINUE,
     RECONSTRUCT,
@@ -151,34 +152,42 @@ def test_text_that_is_to_be_written_is_pointed_at() -> None:
     example = Example((Passage("a lake"), Passage("to the sea and back to the sea")), "where", "to the sea", raw=True)
     batch = model.batch([example], random.Random(0))
     ids = torch.cat(batch["segments"][0])
-    gold = model._gold([batch["segments"][0]], batch["segments"], batch["targets"], batch["pointers"], 4, len(ids) + 4)[
-        0
-    ]
+    gold = model._gold(
+        [batch["segments"][0]], batch["segments"], batch["targets"], batch["pointers"], [], (4, len(ids) + 4)
+    )
     written = batch["targets"][0].tolist()
-    assert gold.sum(1).tolist() == [2, 2, 2, 1]  # both times that it occurs
-    assert gold[3].nonzero().tolist() == [[len(ids) + 4]]  # the end of the answer has a place of its own
-    for token, places in zip(written[:3], gold, strict=False):
-        assert {int(ids[place]) for place in places.nonzero()} == {token}
+    assert gold[0].sum(1).tolist() == [2, 2, 2, 1]  # both times that it occurs
+    assert gold[0, 3].nonzero().tolist() == [[(len(ids) + 4) * SLOTS]]  # the end of the answer has a place of its own
+    for token, places in zip(written[:3], gold[0], strict=False):
+        at = places.nonzero().flatten()
+        assert (at % SLOTS == 0).all()  # text has one word a position
+        assert {int(ids[place]) for place in at // SLOTS} == {token}
 
 
-def test_latents_that_show_what_is_to_be_written_are_pointed_at() -> None:
+@pytest.mark.parametrize("size", [None, 9])
+def test_latents_that_show_what_is_to_be_written_are_pointed_at(size: int | None) -> None:
     model = model_of()
     text = "the lake " * 12 + "in 1867 " + "the sea " * 12
     batch = model.batch([Example((Passage(text),), "when", "in 1867", raw=False)], random.Random(0))
-    memory = torch.zeros(2 + model.compressor.count_latents(text), 32)
+    latents = model.compressor.count_latents(text)
+    memory = torch.zeros(2 + (size or latents), 32)
     prompt = [memory if isinstance(part, int) else part for part in batch["segments"][0]]
-    length = sum(map(len, prompt)) + len(batch["targets"][0])
+    targets = batch["targets"]
+    length = sum(map(len, prompt)) + len(targets[0])
     gold = model._gold(
-        [prompt], batch["segments"], batch["targets"], batch["pointers"], len(batch["targets"][0]), length
+        [prompt], batch["segments"], targets, batch["pointers"], batch["windows"], (len(targets[0]), length)
     )
     memory_at = next(i for i, part in enumerate(batch["segments"][0]) if isinstance(part, int))
-    before = sum(len(part) for part in prompt[:memory_at])
-    latents = gold[0, :-1].nonzero()[:, 1] - before - 1
-    pages = model.compressor.renderer.render([text])
-    starts = pages.char_spans[0, ::4, 0].tolist()[: len(memory) - 2]
-    expected = [max(i for i, start in enumerate(starts) if start <= text.index(word)) for word in ("in 1867", "1867")]
-    assert len(latents) == 2
-    assert all(abs(got - wanted) <= 1 for got, wanted in zip(latents.tolist(), expected, strict=True))  # equal shares
+    before = sum(len(part) for part in prompt[:memory_at]) + 1
+    # What each place shows, from the pieces of the windows.
+    pieces, windows, count = batch["windows"][0]
+    assert count == latents
+    for token, row in zip(targets[0][:-1].tolist(), gold[0], strict=False):
+        (place,) = row.nonzero().flatten().tolist()
+        group, slot = place // SLOTS - before, place % SLOTS
+        inside = [i for i, window in enumerate(windows.tolist()) if window * (len(memory) - 2) // count == group]
+        slots = slots_of(windows)
+        assert token in [int(pieces[i]) for i in inside if int(slots[i]) == slot]
 
 
 def test_coarser_memory_is_practised_as_it_will_be_used() -> None:
