@@ -31,7 +31,7 @@ SLOTS = 6
 """Words that a soft-prompt position holds apart, in reading order; further ones share the last slot."""
 SHARPNESS = 20.0
 """Of the cosine between what a slot shows and a word. A latent of four words is at 0.5 of each."""
-REPEATED = 0.9
+REPEATED = 0.99
 """How much less likely a word is copied once it is in the answer, as a share."""
 LOOKED_AT = 32
 """Slots of a prompt whose words are considered: the most strongly pointed at."""

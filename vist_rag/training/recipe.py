@@ -201,6 +201,9 @@ class RecipeRun:
             load_parts(model, before)
         model.train()
         compressor.tower.requires_grad_(stage.get("train_tower", False))
+        if not stage.get("train_compressor", True):
+            compressor.requires_grad_(False)
+            generator.fusion.projector.requires_grad_(False)
         # Memory was taught these embeddings; they stay.
         generator.model.get_input_embeddings().requires_grad_(False)
         draw = ExampleMix(stage, self.texts(), *self.questions())
