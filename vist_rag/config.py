@@ -104,13 +104,16 @@ class FusionConfig:
         generator_width: Width ``d_llm`` of the generator's token embeddings.
         hidden_width: Width of the projector's hidden layer.
         fingerprint: Of the compressor that this fusion was trained for; empty means "not trained yet, takes any".
+        spelling: Characters that a latent spells at most; 0 where this fusion does not read spelling.
     """
 
     memory_width: int
     generator_width: int
     hidden_width: int = 1024
     fingerprint: str = ""
+    spelling: int = 0
 
     def __post_init__(self) -> None:
+        _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)
         for name in ("memory_width", "generator_width", "hidden_width"):
             _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)

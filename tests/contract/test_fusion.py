@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from tests.support.causal import FAMILIES, causal_generator
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
-from vist_rag.errors import CheckpointError, IncompatibleMemoryError, ShapeError
+from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
-from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, itself
+from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
 
 QUESTION = TextSegment("question when was the bridge built answer")
 
@@ -30,6 +31,12 @@ def transparent(request: pytest.FixtureRequest) -> VistGenerator:
     generator = causal_generator(request.param, memory_width=32)
     generator.fusion.projector = nn.Identity()
     generator.fusion.boundaries = nn.Parameter(torch.empty(0, 32))
+
+    def shown(_: VistGenerator, latents: Tensor) -> Tensor:
+        table = generator.model.get_input_embeddings().weight
+        return itself(torch.cdist(latents, table).argmin(-1))
+
+    generator.fusion.shown = shown  # type: ignore[method-assign]  # a latent spells the token that it is
     return generator
 
 
@@ -60,6 +67,7 @@ def full_logits(generator: VistGenerator, inputs: dict[str, Tensor], answers: Te
     extra: dict[str, Any] = {}
     if isinstance(generator.model, PrefixBertForCausalLM):
         extra["prefix_mask"] = torch.arange(mask.shape[1]).expand_as(mask) < inputs["attention_mask"].shape[1]
+        extra["shown"] = nn.functional.pad(inputs["shown"], (0, 0, 0, answers.shape[1]), value=-1)
     else:
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     logits = generator.model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **extra).logits
@@ -228,3 +236,56 @@ def test_a_damaged_fusion_is_refused(tmp_path: Any, file: str, content: bytes | 
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_bytes(content)
     with pytest.raises(CheckpointError, match="fusion in"):
         SoftPromptFusion.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- spelling
+
+
+def spelling(generator: VistGenerator, *texts: str) -> None:
+    """Make the fusion spell these texts, one a latent, whatever it is given."""
+    generator.fusion.spell = lambda latents: list(texts[: len(latents)])  # type: ignore[method-assign]
+
+
+def test_tokens_belong_to_the_latent_that_spells_their_middle() -> None:
+    generator = causal_generator("prefix_bert")
+    spelling(generator, "the bri", "dge was", " built ", "", "in 1867")
+    shown = generator.fusion.shown(generator, torch.zeros(5, 16))
+    assert shown.shape == (7, SLOTS)
+    assert (shown[[0, -1]] == -1).all()  # the boundaries
+    spelt = [generator.tokenizer.convert_ids_to_tokens(row[row >= 0].tolist()) for row in shown[1:-1]]
+    expected = generator.tokenizer.tokenize("the bridge was built in 1867")
+    assert [token for row in spelt for token in row] == expected
+    assert spelt[0][:2] == ["the", "bridge"]
+    assert spelt[1] == ["was"]
+    assert spelt[2] == ["built"]
+    assert spelt[3] == []
+
+
+def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:
+    generator = causal_generator("prefix_bert")
+    spelling(generator, "the river", " runs")
+    prompt = Prompt((MemorySegment(memory(2)), TextSegment("question where")))
+    with generator.fusion.condition(generator, [prompt, Prompt((TextSegment("where"),))]) as inputs:
+        assert inputs["shown"].shape == (*inputs["attention_mask"].shape, SLOTS)
+        first = inputs["shown"][0]
+        assert generator.tokenizer.decode(first[first >= 0]) == "[CLS] the river runs question where"
+        assert (inputs["shown"][1][inputs["attention_mask"][1] == 0] == -1).all()
+    other = causal_generator("llama")
+    with other.fusion.condition(other, [Prompt((QUESTION,))]) as inputs:
+        assert "shown" not in inputs
+
+
+def test_a_speller_names_characters_and_leaves_out_what_is_none() -> None:
+    fusion = SoftPromptFusion(FusionConfig(8, 32, spelling=4))
+    assert fusion.speller is not None
+    with torch.no_grad():
+        last = fusion.speller[-1]
+        assert isinstance(last, nn.Linear)
+        last.weight.zero_()
+        wanted = [ord("b") - 32, CHARACTER_CLASSES - 2, ord("7") - 32, CHARACTER_CLASSES - 1]  # b, none, 7, another
+        last.bias.copy_(nn.functional.one_hot(torch.tensor(wanted), CHARACTER_CLASSES).flatten().float())
+    assert fusion.spell(torch.randn(3, 8)) == ["b7"] * 3
+    with pytest.raises(ConfigError, match="spelling must be 1 or more"):
+        SoftPromptFusion(FusionConfig(8, 32)).spell(torch.randn(3, 8))
+    with pytest.raises(ConfigError, match="spelling must be 0 or more, got -1"):
+        FusionConfig(8, 32, spelling=-1)

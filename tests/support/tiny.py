@@ -67,7 +67,7 @@ def tiny_generator(seed: int = 0, *, memory_width: int = 16) -> VistGenerator:
         eos_token_id=3,
         pad_token_id=0,
     )
-    fusion = SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32))
+    fusion = SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32, spelling=20))
     model = PrefixBertForCausalLM(config)
     return VistGenerator(model, tokenizer, fusion)
 

@@ -29,12 +29,9 @@ class PrefixBertConfig(BertConfig):
 
 SLOTS = 6
 """Words that a soft-prompt position holds apart, in reading order; further ones share the last slot."""
-SHARPNESS = 20.0
-"""Of the cosine between what a slot shows and a word. A latent of four words is at 0.5 of each."""
-REPEATED = 0.99
+REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
-LOOKED_AT = 32
-"""Slots of a prompt whose words are considered: the most strongly pointed at."""
+_EXACT = 50.0  # of the cosine between a word and itself: all others are nothing beside it
 _COS, _SIN = 0.5, 0.75**0.5
 
 
@@ -54,10 +51,9 @@ def turn(vectors: Tensor, slot: int, *, back: bool = False) -> Tensor:
 class CopyAttention(nn.Module):
     """Points at where the next word stands in the prompt, or at the end of the answer.
 
-    What a position shows is told from its *input embedding* alone: the words whose embeddings it is near. So a word can
-    be copied whether or not training has seen it, and a latent, which holds several words in its slots, offers each of
-    them. Only the prompt is copied from, never the answer itself. Source: the pointer-generator of arXiv:1704.04368, on
-    embeddings in the place of token ids, and as a product of experts in the place of a mixture.
+    A position of text shows its own word, a position of memory the words that its latent spells. So a word can be
+    copied whether or not training has seen it. Only the prompt is copied from, never the answer itself. Source: the
+    pointer-generator of arXiv:1704.04368, as a product of experts in the place of a mixture.
     """
 
     def __init__(self, width: int) -> None:
@@ -70,9 +66,10 @@ class CopyAttention(nn.Module):
     def forward(
         self,
         states: Tensor,
-        embeddings: Tensor,
+        written: Tensor,
         words: Tensor,
         end: int,
+        shown: Tensor | None,
         mask: Tensor,
         answer: Tensor,
         cache: Any,
@@ -82,62 +79,61 @@ class CopyAttention(nn.Module):
 
         Args:
             states: States of this pass, float ``[b, t, d]``; the last ``q`` of them are written from.
-            embeddings: Their input embeddings, float ``[b, t, d]``.
+            written: Input embeddings of the last ``q``, float ``[b, q, d]``.
             words: Embeddings of all words, float ``[v, d]``.
             end: The word that ends an answer.
+            shown: Words that each position shows, int64 ``[b, t, SLOTS]``, -1 where there are fewer. None in a later
+                pass.
             mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
                 each of the last ``q``, bool ``[b, q, k]``.
             answer: Which of the last ``q`` positions belong to the answer, bool ``[b, q]``.
-            cache: Keeps keys and slots of the first pass, and the answer so far; None where there is none.
+            cache: Keeps keys and words of the first pass, and the answer so far; None where there is none.
             layer: Its layer for the former; the next one is for the latter.
         Returns:
             Probabilities of the words, float ``[b, q, v]``, and of the places, float ``[b, q, k * SLOTS + 1]``: the
             slots of each position in turn, then the end of the answer.
         """
         count = mask.shape[1]
-        written = embeddings[:, -count:]
         centre = words.mean(0)  # embeddings of one model share a direction that tells nothing
         queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
         if cache is not None and cache.get_seq_length(layer):
-            keys, slots = cache.layers[layer].keys, cache.layers[layer].values
+            keys, ids = cache.layers[layer].keys, cache.layers[layer].values
             written = cache.update(written[:, None], written[:, None], layer + 1)[0][:, 0]
             answer = F.pad(answer, (written.shape[1] - count, 0), value=True)
         else:
-            keys, slots = self._slots(states, embeddings - centre, size=(words - centre).norm(dim=-1).mean())
-            keys, slots = keys[:, None], slots[:, None]
+            if shown is None:
+                shown = torch.full((*states.shape[:2], SLOTS), -1, device=states.device)
+            keys, ids = self._keys(states, shown, words - centre)[:, None], shown.flatten(1)[:, None, :, None]
             if cache is not None:
-                keys, slots = cache.update(keys, slots, layer)
+                keys, ids = cache.update(keys, ids.to(keys.dtype), layer)
+        ids = ids[:, 0, :, 0].long()
         keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
         scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
-        allowed = F.pad(mask.repeat_interleave(SLOTS, dim=-1), (0, 1), value=True)
+        allowed = mask.repeat_interleave(SLOTS, dim=-1) & (ids >= 0)[:, None]
+        allowed = F.pad(allowed, (0, 1), value=True)
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
-
-        # The answer is written from its own words and from the last position of the prompt.
-        writes = answer[:, -count:] | F.pad(answer[:, -count:], (0, 1))[:, 1:]
-        pointing = weights[..., :-1].detach() * (writes | ~writes.any(1, keepdim=True))[..., None]
-        strongest = pointing.amax(1).topk(min(LOOKED_AT, slots.shape[2]), dim=-1).indices  # [b, n]
-        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        index = ids.clamp(min=0)[:, None].expand(-1, count, -1)
+        copied = weights.new_zeros(*weights.shape[:2], len(words)).scatter_add(2, index, weights[..., :-1])
         with torch.no_grad():
             directions = F.normalize(words - centre, dim=-1)
-            shown = (SHARPNESS * slots[:, 0][rows, strongest] @ directions.T).softmax(-1)  # [b, n, v]
-            repeated = (SHARPNESS * F.normalize(written - centre, dim=-1) @ directions.T).softmax(-1)
-            # What a latent shows and is in the answer already is hardly the next word.
+            repeated = (_EXACT * F.normalize(written - centre, dim=-1) @ directions.T).softmax(-1)
+            # What is in the answer already is hardly the next word.
             fresh = torch.log1p(-REPEATED * repeated * answer[..., None]).cumsum(1).exp()[:, -count:]
-        looked_at = weights.gather(2, strongest[:, None].expand(-1, count, -1))
-        copied = (looked_at @ shown.to(weights.dtype)) * fresh
         ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
-        return copied + weights[..., -1:] * ends, weights
+        return copied * fresh + weights[..., -1:] * ends, weights
 
-    def _slots(self, states: Tensor, embeddings: Tensor, *, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and directions of all slots, float ``[b, k * SLOTS, d]`` twice, of states and centred embeddings."""
-        directions = [F.normalize(turn(embeddings, slot, back=True), dim=-1) for slot in range(SLOTS)]
-        last = F.pad(F.normalize(embeddings[:, :-1], dim=-1), (0, 0, 1, 0))
-        slots = torch.stack(directions, dim=2)
-        before = torch.stack([last, *directions[:-1]], dim=2)
+    def _keys(self, states: Tensor, shown: Tensor, words: Tensor) -> Tensor:
+        """Keys of all slots, float ``[b, t * SLOTS, d]``; ``words`` are centred."""
+        ids = shown.flatten(1)
+        there, place = ids >= 0, torch.arange(ids.shape[1], device=ids.device)
+        # The word before is the last one that was shown, in this position or an earlier one.
+        last = F.pad(torch.where(there, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+        before = torch.where(last >= 0, ids.gather(1, last.clamp(min=0)), -1)
+        size = words.norm(dim=-1).mean()
+        directions = F.pad(size * F.normalize(words, dim=-1), (0, 0, 0, 1))  # the last row, -1, is nothing
         of_state, of_words = self.key.weight.split((states.shape[-1], 2 * states.shape[-1]), dim=1)
-        keys = F.linear(states, of_state, self.key.bias)[:, :, None]
-        keys = keys + F.linear(size * torch.cat((slots, before), dim=-1), of_words)
-        return keys.flatten(1, 2), slots.flatten(1, 2)
+        keys = F.linear(states, of_state, self.key.bias).repeat_interleave(SLOTS, dim=1)
+        return keys + F.linear(torch.cat((directions[ids], directions[before]), dim=-1), of_words)
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):
@@ -159,6 +155,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
+        shown: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **_: Any,
@@ -174,6 +171,8 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             token_type_ids: int64 ``[b, t]``; None means 0 everywhere.
             prefix_mask: True where a position belongs to the prompt, bool ``[b, t]``; the prompt is read in both
                 directions, the rest from left to right. None: all of the first forward pass is prompt.
+            shown: Words that each position shows, int64 ``[b, t, SLOTS]``, -1 where there are fewer; None means
+                ``input_ids``, and where there are none, nothing can be copied.
             use_cache: Keep keys and values.
             logits_to_keep: Logits of so many last positions only; 0 means all.
             **_: What ``generate`` passes to every model.
@@ -208,8 +207,13 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         copyable = (seen & both_ways & ~own)[:, -kept.shape[1] :, : prompt.shape[1]]
         head, words = self.cls.predictions, cast(Tensor, self.get_input_embeddings().weight)
         layer, end = self.config.num_hidden_layers, self.config.eos_token_id
+        if shown is None and input_ids is not None:
+            shown = F.pad(input_ids[..., None], (0, SLOTS - 1), value=-1)
+            shown = shown.masked_fill(~present[:, -length:, None], -1)
         answer = torch.ones_like(kept[..., 0], dtype=torch.bool) if past else (present & ~prompt)[:, -kept.shape[1] :]
-        copied, pointed = self.copy(states, embeddings, words, end, copyable, answer, cache, layer)
+        copied, pointed = self.copy(
+            states, embeddings[:, -kept.shape[1] :], words, end, shown, copyable, answer, cache, layer
+        )
         # Both must agree on a word; a copy of nothing leaves the choice to the language model.
         logits = head.decoder(head.transform(kept)) + (copied + 1 / len(words)).log()
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))

@@ -21,10 +21,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import SoftPromptFusion
+from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, CHARACTERS
 from vist_rag.generation.prefix_bert import SLOTS, turn
 from vist_rag.rendering import Pages
 from vist_rag.training.tower import TowerReading, reading_batch
 
+CHARACTERS_NONE = len(CHARACTERS)
 SCALE = 30.0
 """Of cosines, before the softmax over the pieces of the batch."""
 
@@ -107,6 +109,7 @@ class LexicalAlignment(nn.Module):
         pieces: Tensor,
         characters: Tensor | None = None,
         words: Tensor | None = None,
+        spelling: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss, and the share of pieces that are the nearest ones of their slot.
 
@@ -117,6 +120,8 @@ class LexicalAlignment(nn.Module):
             pieces: Their ids, int64 ``[m]``.
             characters: For ``reading``, as ``TowerReading.forward`` takes them.
             words: The same.
+            spelling: Class of each character that a latent shows, int64 ``[p, n, fusion.config.spelling]``; for a
+                fusion that reads spelling.
         """
         figures: dict[str, Tensor] = {}
         if self.reading is not None and characters is not None and words is not None:
@@ -144,8 +149,19 @@ class LexicalAlignment(nn.Module):
         ideal = hold(embeddings, place, len(prompt), self.centre)
         distance = (prompt - ideal)[standing_for].square().mean() / self.word_embeddings.var()
 
+        spelt: Tensor | float = 0.0
+        if self.fusion.speller is not None and spelling is not None:
+            guesses = self.fusion.speller(memory[standing]).unflatten(-1, (-1, CHARACTER_CLASSES)).flatten(0, 1)
+            classes = spelling[:, : memory.shape[1]][standing].flatten()
+            written = classes != CHARACTERS_NONE
+            # Places without a character are half of all and easy.
+            spelt = F.cross_entropy(guesses[written], classes[written])
+            spelt = spelt + 0.3 * F.cross_entropy(guesses[~written], classes[~written])
+            right = guesses.argmax(-1) == classes
+            figures["spelt"] = right[written].float().mean().detach()
+            figures["blank"] = right[~written].float().mean().detach()
         return figures | {
-            "loss": distance + told + figures.get("loss", 0.0),
+            "loss": spelt + distance + told + figures.get("loss", 0.0),
             "distance": distance.detach(),
             "piece_accuracy": (logits.argmax(-1) == targets).float().mean(),
         }
@@ -199,7 +215,12 @@ class WordSalad:
 
 
 def lexical_batch(
-    texts: Sequence[str], compressor: VistCompressor, tokenizer: Tokenizer, *, reading: bool = False
+    texts: Sequence[str],
+    compressor: VistCompressor,
+    tokenizer: Tokenizer,
+    *,
+    reading: bool = False,
+    spelling: int = 0,
 ) -> dict[str, Any]:
     """Pages of the texts, and which latent shows each word piece: the one whose window holds its middle.
 
@@ -208,6 +229,7 @@ def lexical_batch(
         compressor: Its renderer and windows.
         tokenizer: The generator's.
         reading: Add what each patch shows (``reading_batch``).
+        spelling: Add the characters of each latent's window, so many at most; 0 leaves them out.
     """
     pages = compressor.renderer.render(texts)
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -215,6 +237,8 @@ def lexical_batch(
     places = [np.stack((np.full(len(latents), page), latents), axis=1) for page, (_, latents) in enumerate(shown_on)]
     ids = [some for some, _ in shown_on]
     shown = reading_batch(texts, compressor.renderer, tokenizer) if reading else {}
+    if spelling:
+        shown["spelling"] = torch.from_numpy(_spelling(pages, texts, compressor.resampler.window, spelling))
     return shown | {
         "pixel_values": pages.pixel_values,
         "patch_mask": pages.patch_mask,
@@ -237,3 +261,23 @@ def pieces_of_pages(pages: Pages, encodings: Sequence[Any], window: int) -> Iter
         patch = np.searchsorted(starts[:used], middles, side="right") - 1
         here = (patch >= 0) & (middles < end)
         yield np.array(encoding.ids, np.int64)[here], patch[here] // window
+
+
+def _spelling(pages: Pages, texts: Sequence[str], window: int, most: int) -> np.ndarray:
+    """Class of each character by page, window and place in the window, int64 ``[p, n, most]``."""
+    first = np.maximum.accumulate(pages.char_spans[..., 0].numpy(), axis=1)
+    classes = np.full((len(first), -(-first.shape[1] // window), most), CHARACTERS_NONE, np.int64)
+    for page, (text_id, starts) in enumerate(zip(pages.text_ids.tolist(), first, strict=True)):
+        used = int(pages.patch_mask[page].sum())
+        characters = np.arange(starts[0], int(pages.char_spans[page, max(used - 1, 0), 1]))
+        if not used or not len(characters):
+            continue
+        codes = np.frombuffer(texts[text_id].encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)[characters]
+        patch = np.searchsorted(starts[:used], characters, side="right") - 1
+        latent, order = patch // window, np.arange(len(characters)) - np.searchsorted(patch, patch)
+        # Every patch has places of its own, so that none depends on how wide the characters before it are.
+        kept = order < most // window
+        place = patch % window * (most // window) + order
+        spelt = np.where((codes >= 32) & (codes < 127), codes - 32, CHARACTERS_NONE + 1)
+        classes[page, latent[kept], place[kept]] = spelt[kept]
+    return classes

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vist_rag.compression import VistCompressor
 from vist_rag.compression.memory import merge_neighbours
 from vist_rag.generation import PromptTemplate, VistGenerator
+from vist_rag.generation.fusion.soft_prompt import itself, show
 from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
 from vist_rag.rendering import Pages
 from vist_rag.training.data import Question, titled
@@ -236,6 +237,19 @@ class MemoryReading(nn.Module):
         extra = {}
         if isinstance(self.lm, PrefixBertForCausalLM):
             extra["prefix_mask"] = pad_sequence(prefixes, batch_first=True, padding_side="left")
+            shown = [
+                torch.cat(
+                    [
+                        self._shown(windows[part], len(memories[part]) - 2)
+                        if isinstance(part, int)
+                        else itself(part.cpu())
+                        for part in row
+                    ]
+                    + [torch.full((len(target), SLOTS), -1)]
+                )
+                for row, target in zip(segments, targets, strict=True)
+            ]
+            extra["shown"] = pad_sequence(shown, batch_first=True, padding_value=-1, padding_side="left").to(device)
         labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100).to(embeds.device)
         # Rows end together, so the targets are the last columns: no logits are computed for the prompt.
         keep = labels.shape[1] + 1
@@ -246,6 +260,7 @@ class MemoryReading(nn.Module):
         figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
         if isinstance(self.lm, PrefixBertForCausalLM):
             gold = self._gold(prompts, segments, targets, pointers, windows, (labels.shape[1], embeds.shape[1]))
+            gold[..., :-1] &= (extra["shown"].flatten(1) >= 0)[:, None]  # what is not spelt cannot be copied
             pointed = (output.attentions[0][:, :-1] * gold).sum(-1)[gold.any(-1)]
             if len(pointed):
                 loss = loss - pointed.clamp(min=1e-6).log().mean()
@@ -283,6 +298,14 @@ class MemoryReading(nn.Module):
                 columns = torch.arange(at.shape[1]).expand_as(at) + column
                 gold[i, columns.flatten(), at.flatten()] = True
         return gold.to(targets[0].device)
+
+    @staticmethod
+    def _shown(window: tuple[Tensor, Tensor, int], size: int) -> Tensor:
+        """Word pieces that a memory spells, int64 ``[size + 2, SLOTS]``: merged latents spell nothing."""
+        pieces, latents, n = window
+        groups = torch.arange(n) * size // n
+        alone = (torch.bincount(groups, minlength=size) == 1)[groups[latents]]
+        return F.pad(show(pieces[alone], groups[latents[alone]], size), (0, 0, 1, 1), value=-1)
 
     def _ideal_memory(self, pieces: Tensor, latents: Tensor, n: int, rate: float) -> Tensor:
         """A soft prompt ``[m + 2, d_llm]`` that holds the pieces of each window, between the fusion's boundaries."""

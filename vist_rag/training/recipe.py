@@ -109,7 +109,13 @@ class RecipeRun:
         )
         tokenizer, old_ids = self.tokenizer()
         width = compressor.resampler_config.width
-        return compressor, _generator(self.base, tokenizer, old_ids, width, recipe["generator"]["projector_width"])
+        fusion = FusionConfig(
+            width,
+            json.loads((self.base / "config.json").read_text())["hidden_size"],
+            hidden_width=recipe["generator"]["projector_width"],
+            spelling=recipe["generator"].get("spelling", 0),
+        )
+        return compressor, _generator(self.base, tokenizer, old_ids, fusion)
 
     def tokenizer(self) -> tuple[Tokenizer, list[int]]:
         """The pruned vocabulary, counted once and kept in the output folder."""
@@ -178,7 +184,13 @@ class RecipeRun:
             batch = [texts[i] for i in some]
             if salad:
                 batch = [salad(len(text), rng) if rng.random() < share else text for text in batch]
-            return lexical_batch(batch, compressor, tokenizer, reading=heads is not None)
+            return lexical_batch(
+                batch,
+                compressor,
+                tokenizer,
+                reading=heads is not None,
+                spelling=generator.fusion.config.spelling,
+            )
 
         train_stage(
             model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed, result=parts
@@ -333,9 +345,7 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _generator(
-    base: Path, tokenizer: Tokenizer, old_ids: list[int], memory_width: int, projector_width: int
-) -> VistGenerator:
+def _generator(base: Path, tokenizer: Tokenizer, old_ids: list[int], fusion_config: FusionConfig) -> VistGenerator:
     """A generator whose layers come from a BERT-like encoder, with the pruned vocabulary."""
     fields = json.loads((base / "config.json").read_text())
     begin, end, pad = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]"))
@@ -376,6 +386,6 @@ def _generator(
         eos_token="[SEP]",
         model_max_length=config.max_position_embeddings,
     )
-    fusion = SoftPromptFusion(FusionConfig(memory_width, config.hidden_size, hidden_width=projector_width))
+    fusion = SoftPromptFusion(fusion_config)
     fusion.match_scale(cast(Tensor, model.get_input_embeddings().weight))
     return VistGenerator(model, wrapped, fusion)

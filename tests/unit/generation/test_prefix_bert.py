@@ -114,39 +114,35 @@ END = 39
 
 
 def copying(
-    prompt: Tensor, written: Tensor, *, answer: list[bool] | None = None, mask: list[bool] | None = None
+    shown: list[list[int]], written: Tensor, *, answer: list[bool] | None = None, mask: list[bool] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Words and places, for a pointer that looks for what was written last before each slot of the prompt."""
+    """Words and places, for a pointer that looks for what was written last before each word of the prompt."""
     pointer = CopyAttention(64)
     with torch.no_grad():
         for parameter in pointer.parameters():
             parameter.zero_()
         pointer.query.weight[:, 64:] = 20 * torch.eye(64)  # the word just written ...
         pointer.key.weight[:, 128:] = 20 * torch.eye(64)  # ... is looked for before each place
-        embeddings = torch.cat((prompt, written))[None]
         count = len(written)
-        allowed = torch.tensor([mask or [True] * len(prompt)] * count)
+        slots = torch.tensor([row + [-1] * (SLOTS - len(row)) for row in shown + [[]] * count])[None]
+        allowed = torch.tensor([mask or [True] * len(shown)] * count)
         allowed = torch.nn.functional.pad(allowed, (0, count))[None]
         told = torch.tensor([answer or [True] * count])
-        copied, places = pointer(torch.zeros_like(embeddings), embeddings, WORDS, END, allowed, told, None, 0)
+        states = torch.zeros(1, len(shown) + count, 64)
+        copied, places = pointer(states, written[None], WORDS, END, slots, allowed, told, None, 0)
     return copied[0], places[0]
 
 
 def test_a_pointer_follows_the_text_and_copies_words_that_no_training_has_seen() -> None:
-    copied, _ = copying(WORDS[[3, 9, 4, 17]], WORDS[[3, 9, 4]])
+    copied, _ = copying([[3], [9], [4], [17]], WORDS[[3, 9, 4]])
     assert copied.argmax(-1).tolist() == [9, 4, 17]
 
 
 def test_a_pointer_follows_the_words_within_a_latent_and_on_to_the_next() -> None:
-    centre = WORDS.mean(0)
-    latents = [
-        centre + sum(turn(WORDS[word] - centre, slot) for slot, word in enumerate(held)) / len(held)
-        for held in ((3, 9, 4), (17, 21))
-    ]
-    copied, places = copying(torch.stack(latents), WORDS[[3, 9, 17]])
-    assert copied.argmax(-1).tolist() == [9, 4, 21]
-    assert places.shape == (3, 5 * SLOTS + 1)
-    assert places.argmax(-1).tolist() == [1, 2, SLOTS + 1]
+    copied, places = copying([[3, 9, 4], [], [17, 21]], WORDS[[3, 9, 4, 17]])
+    assert copied.argmax(-1).tolist() == [9, 4, 17, 21]
+    assert places.shape == (4, 7 * SLOTS + 1)
+    assert places.argmax(-1).tolist() == [1, 2, 2 * SLOTS, 2 * SLOTS + 1]
 
 
 def test_turning_is_a_rotation_and_can_be_taken_back() -> None:
@@ -159,7 +155,7 @@ def test_turning_is_a_rotation_and_can_be_taken_back() -> None:
 
 
 def test_what_is_in_the_answer_is_hardly_copied_again() -> None:
-    prompt, both = WORDS[[0, 1, 2, 3]], (WORDS[0] + WORDS[2])[None]  # what follows 0, or what follows 2
+    prompt, both = [[0], [1], [2], [3]], (WORDS[0] + WORDS[2])[None]  # what follows 0, or what follows 2
     fresh = copying(prompt, both)[0][0]
     after = copying(prompt, torch.cat((WORDS[[1]], both)))[0][1]  # 1 is written
     asked = copying(prompt, torch.cat((WORDS[[1]], both)), answer=[False, True])[0][1]  # 1 was part of the question
@@ -168,11 +164,24 @@ def test_what_is_in_the_answer_is_hardly_copied_again() -> None:
     assert float(asked[1]) == pytest.approx(float(fresh[1]), rel=0.05)
 
 
-def test_the_end_of_the_answer_is_what_is_pointed_at_where_nothing_may_be_copied() -> None:
-    copied, places = copying(WORDS[[0, 1, 2, 3]], WORDS[[0]], mask=[False] * 4)
+@pytest.mark.parametrize(("shown", "mask"), [([[0], [1], [2], [3]], [False] * 4), ([[], [], [], []], [True] * 4)])
+def test_where_nothing_may_be_copied_the_end_is_pointed_at(shown: list[list[int]], mask: list[bool]) -> None:
+    copied, places = copying(shown, WORDS[[0]], mask=mask)
     assert copied.argmax(-1).tolist() == [END]
     assert float(copied.sum()) == pytest.approx(1.0, abs=1e-4)
     assert float(places[0, -1]) == pytest.approx(1.0)
+
+
+@torch.no_grad()
+def test_what_positions_show_is_told_beside_embeddings(model: PrefixBertForCausalLM) -> None:
+    embeddings = model.get_input_embeddings()(IDS[:, :4])
+    shown = torch.nn.functional.pad(IDS[:, :4, None], (0, SLOTS - 1), value=-1)
+    told = model(inputs_embeds=embeddings, shown=shown).logits
+    torch.testing.assert_close(told, model(input_ids=IDS[:, :4]).logits)
+    assert (model(inputs_embeds=embeddings).logits - told).abs().max() > 0.1
+    generated = model.generate(inputs_embeds=embeddings, shown=shown, max_new_tokens=5, do_sample=False)
+    from_ids = model.generate(IDS[:, :4], max_new_tokens=5, do_sample=False)
+    assert generated.tolist() == from_ids[:, 4:].tolist()
 
 
 @torch.no_grad()

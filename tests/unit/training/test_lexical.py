@@ -71,7 +71,8 @@ def test_latents_learn_the_words_of_their_window(with_heads: bool) -> None:
     model = LexicalAlignment(compressor, generator.fusion, words, heads)
     compressor.tower.requires_grad_(with_heads)
     tower = {k: v.clone() for k, v in compressor.tower.state_dict().items()}
-    batch = lexical_batch(TEXTS, compressor, generator.tokenizer.backend_tokenizer, reading=with_heads)
+    tokenizer = generator.tokenizer.backend_tokenizer
+    batch = lexical_batch(TEXTS, compressor, tokenizer, reading=with_heads, spelling=20)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     recalls = []
     for _ in range(50):
@@ -81,6 +82,7 @@ def test_latents_learn_the_words_of_their_window(with_heads: bool) -> None:
         optimizer.zero_grad()
         recalls.append(float(figures["piece_accuracy"]))
     assert recalls[0] < 0.5 < 0.9 < recalls[-1]
+    assert figures["spelt"] > 0.9
     assert ("character_accuracy" in figures) == with_heads
     changed = any(not torch.equal(v, tower[k]) for k, v in compressor.tower.state_dict().items())
     assert changed == with_heads
@@ -98,6 +100,17 @@ def test_only_lexical_batches_teach_the_tower() -> None:
     model(**lexical_batch(TEXTS, compressor, generator.tokenizer.backend_tokenizer))["loss"].backward()
     assert tower.grad is not None
     assert tower.grad.abs().sum() > 0
+
+
+def test_the_spelling_that_is_taught_is_the_text() -> None:
+    compressor, generator, _ = parts()
+    texts = ["The old bridge (1867), by Marie Curie.", "illicit ilililil", "", "em\u2014dash", "runs to the sea " * 60]
+    batch = lexical_batch(texts, compressor, generator.tokenizer.backend_tokenizer, spelling=20)
+    pages = compressor.renderer.render(texts)
+    spelt = [""] * len(texts)
+    for text, classes in zip(pages.text_ids.tolist(), batch["spelling"].flatten(1).tolist(), strict=True):
+        spelt[text] += "".join("?" if c > 95 else chr(32 + c) for c in classes if c != 95)
+    assert spelt == [text.replace("\u2014", "?") for text in texts]
 
 
 def test_salad_draws_every_piece_about_as_often() -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from inspect import signature
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,15 +16,36 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
-from vist_rag.errors import CheckpointError, IncompatibleMemoryError, ShapeError
+from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
+from vist_rag.generation.prefix_bert import SLOTS
 from vist_rag.generation.prompt import Prompt, TextSegment
 
 if TYPE_CHECKING:
     from vist_rag.generation.generator import VistGenerator
+
+
+CHARACTERS = "".join(map(chr, range(32, 127)))
+CHARACTER_CLASSES = len(CHARACTERS) + 2
+"""Printable ASCII, then "no character here" and "another character"."""
+
+
+def itself(ids: Tensor) -> Tensor:
+    """Text shows its own tokens: int64 ``[t]`` -> int64 ``[t, SLOTS]``."""
+    return F.pad(ids[:, None], (0, SLOTS - 1), value=-1)
+
+
+def show(ids: Tensor, latents: Tensor, n: int) -> Tensor:
+    """Tokens in the slots of their latents, int64 ``[m]`` twice -> int64 ``[n, SLOTS]``, -1 where a slot is empty."""
+    shown = torch.full((n, SLOTS), -1)
+    slots = torch.arange(len(latents)) - torch.searchsorted(latents, latents)
+    kept = slots < SLOTS
+    shown[latents[kept], slots[kept]] = ids[kept]
+    return shown
 
 
 class SoftPromptFusion(nn.Module):
@@ -41,6 +65,13 @@ class SoftPromptFusion(nn.Module):
             nn.Linear(config.hidden_width, config.generator_width),
         )
         self.boundaries = nn.Parameter(torch.randn(2, config.generator_width) * 0.02)
+        self.speller = (
+            nn.Sequential(
+                nn.LayerNorm(config.memory_width), nn.Linear(config.memory_width, config.spelling * CHARACTER_CLASSES)
+            )
+            if config.spelling
+            else None
+        )
 
     @classmethod
     def text_only(cls, generator_width: int) -> SoftPromptFusion:
@@ -93,6 +124,32 @@ class SoftPromptFusion(nn.Module):
         begin, end = self.boundaries[:1], self.boundaries[1:]
         return torch.cat((begin, self.projector(latents), end))
 
+    def spell(self, latents: Tensor) -> list[str]:
+        """The characters that each latent of a memory ``[n, d]`` spells, as far as they can be told.
+
+        Raises:
+            ConfigError: If this fusion does not read spelling.
+        """
+        if self.speller is None:
+            raise ConfigError("spelling must be 1 or more to spell a memory, got 0; train a fusion that reads it.")
+        latents = latents.to(self.boundaries.device, self.boundaries.dtype)
+        classes = self.speller(latents).unflatten(-1, (-1, CHARACTER_CLASSES)).argmax(-1)
+        return ["".join(CHARACTERS[c] for c in row if c < len(CHARACTERS)) for row in classes.tolist()]
+
+    def shown(self, generator: VistGenerator, latents: Tensor) -> Tensor:
+        """Tokens that each latent of a memory spells, boundaries included: int64 ``[n + 2, SLOTS]``, -1 for none."""
+        if self.speller is None:
+            return torch.full((len(latents) + self.boundary_tokens, SLOTS), -1)
+        spelt = self.spell(latents)
+        ends = list(accumulate(map(len, spelt)))
+        encoded = generator.tokenizer(
+            "".join(spelt), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )
+        middles = [(start + end - 1) // 2 for start, end in encoded.offset_mapping]
+        latent = torch.tensor([bisect_right(ends, middle) for middle in middles], dtype=torch.long)
+        shown = show(torch.tensor(encoded.input_ids, dtype=torch.long), latent, len(spelt))
+        return F.pad(shown, (0, 0, 1, 1), value=-1).to(latents.device)
+
     @contextmanager
     def condition(self, generator: VistGenerator, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
         """Keyword arguments of ``generate`` for a batch of prompts: left-padded embeddings and their mask.
@@ -105,7 +162,23 @@ class SoftPromptFusion(nn.Module):
         lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
         places = torch.arange(embeds.shape[1], device=embeds.device)
         mask = (places >= embeds.shape[1] - lengths[:, None]).long()
-        yield {"inputs_embeds": embeds, "attention_mask": mask}
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask}
+        if "shown" in signature(generator.model.forward).parameters:  # a model that copies
+            tokens = [self.shown_by(generator, prompt) for prompt in prompts]
+            inputs["shown"] = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side="left")
+        yield inputs
+
+    def shown_by(self, generator: VistGenerator, prompt: Prompt) -> Tensor:
+        """Tokens that each position of a prompt shows: text its own, memory what it spells; int64 ``[t, SLOTS]``."""
+        before, after = generator.frame
+        parts = [itself(generator.ids(before))]
+        for segment in prompt.segments:
+            if isinstance(segment, TextSegment):
+                parts.append(itself(generator.tokenize(segment.text)))
+            else:
+                parts.append(self.shown(generator, segment.memory.latents))
+        parts.append(itself(generator.ids(after)))
+        return torch.cat([part.to(self.boundaries.device) for part in parts])
 
     def embed(self, generator: VistGenerator, prompt: Prompt) -> Tensor:
         """One prompt as embeddings, ``[t, d_llm]``."""
