@@ -72,12 +72,14 @@ class ResamplerConfig:
     Attributes:
         latents_per_page: Latents for a page that is full of text; a shorter text takes proportionally fewer,
             at least one.
-        width: Width ``d`` of a latent, and of the memory that is stored.
+        width: Width of a latent, and of the memory that is stored (but for ``spelling_width``).
         layers: Cross-attention blocks.
         heads: Attention heads; must divide ``width``.
         expansion: Width of the feed-forward layer, in multiples of ``width``.
         tower_layers: Which hidden states of the tower are read: 0 is the patch embedding, -1 the last layer. More
             than one are concatenated, so that memory keeps both how a word is spelt and what it means.
+        spelling_width: Width of a second part of each latent, a linear view of its own window: how its words are
+            spelt. 0 leaves it out.
     """
 
     latents_per_page: int = 64
@@ -86,6 +88,7 @@ class ResamplerConfig:
     heads: int = 4
     expansion: int = 4
     tower_layers: tuple[int, ...] = (-1,)
+    spelling_width: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tower_layers", tuple(self.tower_layers))
@@ -93,6 +96,12 @@ class ResamplerConfig:
             _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)
         _check("heads", self.heads, allowed=f"a divisor of width ({self.width})", ok=self.width % self.heads == 0)
         _check("tower_layers", self.tower_layers, allowed="at least one layer", ok=len(self.tower_layers) > 0)
+        _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
+
+    @property
+    def memory_width(self) -> int:
+        """Width ``d`` of a latent with both its parts."""
+        return self.width + self.spelling_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,8 @@ class FusionConfig:
         hidden_width: Width of the projector's hidden layer.
         fingerprint: Of the compressor that this fusion was trained for; empty means "not trained yet, takes any".
         spelling: Characters that a latent spells at most; 0 where this fusion does not read spelling.
+        spelling_width: How many of the last dimensions of a latent are for spelling alone; the projector reads the
+            others.
     """
 
     memory_width: int
@@ -112,8 +123,10 @@ class FusionConfig:
     hidden_width: int = 1024
     fingerprint: str = ""
     spelling: int = 0
+    spelling_width: int = 0
 
     def __post_init__(self) -> None:
+        _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)
         for name in ("memory_width", "generator_width", "hidden_width"):
             _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)

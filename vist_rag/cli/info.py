@@ -57,7 +57,7 @@ def _checkpoint(model: str | None) -> dict[str, Any]:
             "side_px": compressor.renderer_config.tower_size_px,
             "patch_px": compressor.renderer_config.patch_size_px,
             "latents": compressor.resampler_config.latents_per_page,
-            "latent_width": compressor.resampler_config.width,
+            "latent_width": compressor.resampler_config.memory_width,
             "glyphs": compressor.config.atlas["glyphs"],
         },
         "context_tokens": generator.context_tokens,

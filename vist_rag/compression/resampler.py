@@ -72,6 +72,9 @@ class PerceiverResampler(nn.Module):
             PerceiverBlock(config.width, config.heads, config.expansion) for _ in range(config.layers)
         )
         self.norm_out = nn.LayerNorm(config.width)
+        self.project_spelling = (
+            nn.Linear(self.window * feature_width, config.spelling_width) if config.spelling_width else None
+        )
 
     def latent_mask(self, mask: Tensor) -> Tensor:
         """Which latents stand for text: bool ``[p, s]`` -> bool ``[p, n]``."""
@@ -105,4 +108,7 @@ class PerceiverResampler(nn.Module):
         projected = self.project(features)
         for block in self.blocks:
             latents = block(latents, projected, attended)
-        return self.norm_out(latents), standing
+        latents = self.norm_out(latents)
+        if self.project_spelling is not None:
+            latents = torch.cat((latents, self.project_spelling(windows)), dim=-1)
+        return latents, standing

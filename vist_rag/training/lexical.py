@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import SoftPromptFusion
-from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, CHARACTERS
+from vist_rag.generation.fusion.soft_prompt import CHARACTERS
 from vist_rag.generation.prefix_bert import SLOTS, turn
 from vist_rag.rendering import Pages
 from vist_rag.training.tower import TowerReading, reading_batch
@@ -131,7 +131,7 @@ class LexicalAlignment(nn.Module):
             memory, standing = self.compressor.resampler(features, patch_mask[:, : features.shape[1]])
         else:
             memory, standing = self.compressor(pixel_values, patch_mask)
-        prompt = self.fusion.projector(memory)[standing]  # [l, d_llm]
+        prompt = self.fusion.meaning(memory)[standing]  # [l, d_llm]
         # Position of each (page, latent) among those that stand for text.
         place = (standing.flatten().cumsum(0) - 1).view_as(standing)[latents[:, 0], latents[:, 1]]
         known, targets = pieces.unique(return_inverse=True)
@@ -151,7 +151,7 @@ class LexicalAlignment(nn.Module):
 
         spelt: Tensor | float = 0.0
         if self.fusion.speller is not None and spelling is not None:
-            guesses = self.fusion.speller(memory[standing]).unflatten(-1, (-1, CHARACTER_CLASSES)).flatten(0, 1)
+            guesses = self.fusion.spelt(memory[standing]).flatten(0, 1)
             classes = spelling[:, : memory.shape[1]][standing].flatten()
             written = classes != CHARACTERS_NONE
             # Places without a character are half of all and easy.

@@ -108,12 +108,13 @@ class RecipeRun:
             recipe["tower"], self.atlas, resampler=ResamplerConfig(**recipe.get("resampler", {}))
         )
         tokenizer, old_ids = self.tokenizer()
-        width = compressor.resampler_config.width
+        sizes = compressor.resampler_config
         fusion = FusionConfig(
-            width,
+            sizes.memory_width,
             json.loads((self.base / "config.json").read_text())["hidden_size"],
             hidden_width=recipe["generator"]["projector_width"],
             spelling=recipe["generator"].get("spelling", 0),
+            spelling_width=sizes.spelling_width,
         )
         return compressor, _generator(self.base, tokenizer, old_ids, fusion)
 

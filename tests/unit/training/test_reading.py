@@ -125,6 +125,10 @@ def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
     model = MemoryReading(compressor, generator).eval()
     losses, correct, count = 0.0, 0, 0
     table = generator.model.get_input_embeddings()
+    batch = model.batch(EXAMPLES, random.Random(0))
+    texts = iter(batch["windows"])
+    # Training shows what a memory that spells without a slip would.
+    generator.fusion.shown = lambda _, latents: model._shown(next(texts), len(latents))  # type: ignore[method-assign]
     for example in EXAMPLES:
         memories = compressor.encode([p.content for p in example.passages]) if not example.raw else []
         raw = [p for p in example.passages if example.raw]
@@ -136,12 +140,14 @@ def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
         prompt_embeds = generator.fusion.embed(generator, prompt)
         embeds = torch.cat((prompt_embeds, table(target)))[None]
         prefix = (torch.arange(embeds.shape[1]) < len(prompt_embeds))[None]
-        extra = {"prefix_mask": prefix} if isinstance(generator.model, PrefixBertForCausalLM) else {}
+        extra = {}
+        if isinstance(generator.model, PrefixBertForCausalLM):
+            shown = F.pad(generator.fusion.shown_by(generator, prompt), (0, 0, 0, len(target)), value=-1)
+            extra = {"prefix_mask": prefix, "shown": shown[None]}
         logits = generator.model(inputs_embeds=embeds, **extra).logits[0, len(prompt_embeds) - 1 : -1]
         losses += float(F.cross_entropy(logits, target, reduction="sum"))
         correct += int((logits.argmax(-1) == target).sum())
         count += len(target)
-    batch = model.batch(EXAMPLES, random.Random(0))
     out = model(**batch | {"pointers": [[] for _ in EXAMPLES]})  # without the loss of pointing
     assert float(out["loss"]) == pytest.approx(losses / count, rel=1e-4)
     assert float(out["token_accuracy"]) == pytest.approx(correct / count, abs=1e-6)
@@ -207,8 +213,9 @@ def test_gradients_reach_resampler_fusion_and_generator() -> None:
     model(**model.batch(EXAMPLES, random.Random(0)))["loss"].backward()
     for part in (model.compressor.resampler, model.fusion, model.lm):
         without = [name for name, p in part.named_parameters() if p.grad is None or not p.grad.any()]
-        # Rows of a look-up that no token took, and biases that a softmax ignores, have no gradient by right.
-        assert not [name for name in without if "token_type" not in name and "key.bias" not in name]
+        # Rows of a look-up that no token took, and biases that a softmax ignores, have no gradient by right; the
+        # speller learns in the lexical stage.
+        assert not [name for name in without if not any(n in name for n in ("token_type", "key.bias", "speller"))]
     assert all(p.grad is None for p in model.compressor.tower.parameters())
 
 
@@ -220,15 +227,15 @@ def test_two_examples_are_learnt_by_heart_and_the_tower_stays() -> None:
     batch = model.batch(EXAMPLES[:2], random.Random(0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses, right = [], []
-    for _ in range(30):
+    for _ in range(40):
         out = model(**batch)
         losses.append(float(out["loss"].detach()))
         right.append(float(out["token_accuracy"]))
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
-    assert losses[-1] < 0.7 * losses[0]
-    assert right[0] < 0.2
+    assert losses[-1] < 0.8 * losses[0]
+    assert right[0] < 0.5
     assert max(right[-5:]) > 0.8
     assert all(torch.equal(tensor, tower[name]) for name, tensor in model.compressor.tower.state_dict().items())
     moved = [

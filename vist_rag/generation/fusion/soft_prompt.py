@@ -59,15 +59,16 @@ class SoftPromptFusion(nn.Module):
         super().__init__()
         self.config = config
         self.projector = nn.Sequential(
-            nn.LayerNorm(config.memory_width),
-            nn.Linear(config.memory_width, config.hidden_width),
+            nn.LayerNorm(config.memory_width - config.spelling_width),
+            nn.Linear(config.memory_width - config.spelling_width, config.hidden_width),
             nn.GELU(),
             nn.Linear(config.hidden_width, config.generator_width),
         )
         self.boundaries = nn.Parameter(torch.randn(2, config.generator_width) * 0.02)
         self.speller = (
             nn.Sequential(
-                nn.LayerNorm(config.memory_width), nn.Linear(config.memory_width, config.spelling * CHARACTER_CLASSES)
+                nn.LayerNorm(config.spelling_width or config.memory_width),
+                nn.Linear(config.spelling_width or config.memory_width, config.spelling * CHARACTER_CLASSES),
             )
             if config.spelling
             else None
@@ -85,7 +86,7 @@ class SoftPromptFusion(nn.Module):
         Larger ones drown the position embeddings that some models add to their input: nothing is learned for hundreds
         of steps.
         """
-        probe = self.projector(torch.randn(256, self.config.memory_width, generator=torch.Generator().manual_seed(0)))
+        probe = self.meaning(torch.randn(256, self.config.memory_width, generator=torch.Generator().manual_seed(0)))
         last = cast(nn.Linear, self.projector[-1])
         last.weight.mul_(embeddings.std() / probe.std())
         last.bias.zero_()
@@ -122,7 +123,23 @@ class SoftPromptFusion(nn.Module):
         """Latents of one memory ``[n, d]`` -> soft prompt ``[n + 2, d_llm]``, boundaries included."""
         latents = latents.to(self.boundaries.device, self.boundaries.dtype)
         begin, end = self.boundaries[:1], self.boundaries[1:]
-        return torch.cat((begin, self.projector(latents), end))
+        return torch.cat((begin, self.meaning(latents), end))
+
+    def meaning(self, latents: Tensor) -> Tensor:
+        """What the generator reads of latents: float ``[..., d]`` -> ``[..., d_llm]``."""
+        read: Tensor = self.projector(latents[..., : latents.shape[-1] - self.config.spelling_width])
+        return read
+
+    def spelt(self, latents: Tensor) -> Tensor:
+        """Scores of the characters that latents spell: float ``[..., d]`` -> ``[..., spelling, CHARACTER_CLASSES]``.
+
+        Raises:
+            ConfigError: If this fusion does not read spelling.
+        """
+        if self.speller is None:
+            raise ConfigError("spelling must be 1 or more to spell a memory, got 0; train a fusion that reads it.")
+        scores = self.speller(latents[..., -(self.config.spelling_width or latents.shape[-1]) :])
+        return cast(Tensor, scores.unflatten(-1, (-1, CHARACTER_CLASSES)))
 
     def spell(self, latents: Tensor) -> list[str]:
         """The characters that each latent of a memory ``[n, d]`` spells, as far as they can be told.
@@ -130,10 +147,8 @@ class SoftPromptFusion(nn.Module):
         Raises:
             ConfigError: If this fusion does not read spelling.
         """
-        if self.speller is None:
-            raise ConfigError("spelling must be 1 or more to spell a memory, got 0; train a fusion that reads it.")
         latents = latents.to(self.boundaries.device, self.boundaries.dtype)
-        classes = self.speller(latents).unflatten(-1, (-1, CHARACTER_CLASSES)).argmax(-1)
+        classes = self.spelt(latents).argmax(-1)
         return ["".join(CHARACTERS[c] for c in row if c < len(CHARACTERS)) for row in classes.tolist()]
 
     def shown(self, generator: VistGenerator, latents: Tensor) -> Tensor:
