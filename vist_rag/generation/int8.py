@@ -18,10 +18,14 @@ from vist_rag.errors import CheckpointError
 
 _SCALE = ".row_scale"
 _KIND = "int8-rows"
+_OUTLIER = 12.0  # times the root mean square of its row
 
 
 def save_int8(model: PreTrainedModel, directory: Path) -> None:
-    """Write the model's config, and its weights: matrices as int8 rows, the rest as bf16; tied weights once."""
+    """Write the model's config, and its weights: matrices as int8 rows, the rest as bf16; tied weights once.
+
+    A matrix whose rows are ruled by single weights, such as one that starts as an identity, stays bf16, too.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
@@ -32,13 +36,20 @@ def save_int8(model: PreTrainedModel, directory: Path) -> None:
         if tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())
-        if tensor.dim() == 2:
+        if tensor.dim() == 2 and not _has_outliers(tensor):
             scale = tensor.float().abs().amax(1, keepdim=True).clamp(min=1e-8) / 127
             stored[name] = (tensor.float() / scale).round().to(torch.int8)
             stored[name + _SCALE] = scale
         else:
             stored[name] = tensor.to(torch.bfloat16).contiguous()
     save_file(stored, str(directory / "model.safetensors"), metadata={"format": "pt", "storage": _KIND})
+
+
+def _has_outliers(matrix: Tensor) -> bool:
+    """Whether many rows have a weight so large that steps of its 127th part would round the others away."""
+    rows = matrix.float()
+    largest, typical = rows.abs().amax(1), rows.square().mean(1).sqrt()
+    return bool((largest > _OUTLIER * typical).float().mean() > 0.1)
 
 
 def is_int8(directory: str | Path) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tests.support.causal import FAMILIES, causal_generator
 from vist_rag.errors import CheckpointError
-from vist_rag.generation.int8 import is_int8, load_int8, save_int8
+from vist_rag.generation.int8 import _has_outliers, is_int8, load_int8, save_int8
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -97,3 +97,9 @@ def test_a_missing_or_foreign_weight_is_refused(tmp_path: Path) -> None:
         tampered(tmp_path, change)
         with pytest.raises(CheckpointError, match="generator in"):
             load_int8(tmp_path, torch.float32)
+
+
+def test_a_matrix_ruled_by_its_diagonal_is_not_rounded_away() -> None:
+    small = torch.randn(384, 384, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert not _has_outliers(small)
+    assert _has_outliers(small + 12 * torch.eye(384))
