@@ -105,7 +105,7 @@ class CopyAttention(nn.Module):
                 shown = torch.full((*states.shape[:2], SLOTS), -1, device=states.device)
             keys, ids = self._keys(states, shown, words - centre)[:, None], shown.flatten(1)[:, None, :, None]
             if cache is not None:
-                keys, ids = cache.update(keys, ids.to(keys.dtype), layer)
+                keys, ids = cache.update(keys, ids.float(), layer)  # the cache is of floats; bf16 holds no id above 256
         ids = ids[:, 0, :, 0].long()
         keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
         scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5

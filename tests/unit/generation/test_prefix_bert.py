@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import tiny_generator
-from vist_rag.generation.prefix_bert import SLOTS, CopyAttention, PrefixBertForCausalLM, turn
+from vist_rag.generation.prefix_bert import SLOTS, CopyAttention, PrefixBertConfig, PrefixBertForCausalLM, turn
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +191,25 @@ def test_beams_and_sampling_work_from_embeddings(model: PrefixBertForCausalLM) -
     assert 1 <= beams.shape[1] <= 5
     torch.manual_seed(0)
     assert model.generate(inputs_embeds=embeddings, max_new_tokens=5, do_sample=True, top_k=5).shape[1] <= 5
+
+
+@torch.no_grad()
+def test_ids_pass_the_cache_unharmed_in_bf16() -> None:
+    torch.manual_seed(0)
+    config = PrefixBertConfig(
+        vocab_size=5000,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    model = PrefixBertForCausalLM(config).eval().to(torch.bfloat16)
+    prompt = torch.tensor([[2, 4999, 4097, 3001]])
+    cache = model(input_ids=prompt, use_cache=True).past_key_values
+    out = model(input_ids=prompt[:, 1:2], past_key_values=cache)
+    kept = cache.layers[config.num_hidden_layers].values[0, 0, :, 0].long().unflatten(0, (4, SLOTS))[:, 0]
+    assert kept.tolist() == prompt[0].tolist()
+    assert torch.isfinite(out.logits).all()
