@@ -28,11 +28,22 @@ class PrefixBertConfig(BertConfig):
 
 
 SLOTS = 6
-"""Words that a soft-prompt position holds apart, in reading order; further ones share the last slot."""
+"""Words that a position holds apart, in reading order. Further ones share the last slot, and cannot be copied."""
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
 _EXACT = 50.0  # of the cosine between a word and itself: all others are nothing beside it
 _COS, _SIN = 0.5, 0.75**0.5
+
+
+def ranks(places: Tensor) -> Tensor:
+    """How many of the same place came before, for places of pieces in text order: int64 ``[m]`` -> int64 ``[m]``."""
+    order = places.sort(stable=True).indices
+    ordered = places[order]
+    position = torch.arange(len(places), device=places.device)
+    first = torch.searchsorted(ordered, ordered)
+    result = torch.empty_like(places)
+    result[order] = position - first
+    return result
 
 
 def turn(vectors: Tensor, slot: int, *, back: bool = False) -> Tensor:

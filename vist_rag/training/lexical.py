@@ -22,24 +22,13 @@ from torch.nn import functional as F  # noqa: N812
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import SoftPromptFusion
 from vist_rag.generation.fusion.soft_prompt import CHARACTERS
-from vist_rag.generation.prefix_bert import SLOTS, turn
+from vist_rag.generation.prefix_bert import SLOTS, ranks, turn
 from vist_rag.rendering import Pages
 from vist_rag.training.tower import TowerReading, reading_batch
 
 CHARACTERS_NONE = len(CHARACTERS)
 SCALE = 30.0
 """Of cosines, before the softmax over the pieces of the batch."""
-
-
-def ranks(places: Tensor) -> Tensor:
-    """How many of the same place came before, for places of pieces in text order: int64 ``[m]`` -> int64 ``[m]``."""
-    order = places.sort(stable=True).indices
-    ordered = places[order]
-    position = torch.arange(len(places), device=places.device)
-    first = torch.searchsorted(ordered, ordered)
-    result = torch.empty_like(places)
-    result[order] = position - first
-    return result
 
 
 def level(words: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from vist_rag.compression import VistCompressor
 from vist_rag.compression.memory import merge_neighbours
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import itself, show
-from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM, ranks
 from vist_rag.rendering import Pages
 from vist_rag.training.data import Question, titled
-from vist_rag.training.lexical import hold, level, pieces_of_pages, slots_of
+from vist_rag.training.lexical import hold, level, pieces_of_pages
 from vist_rag.types import Passage
 
 Task = Literal["reconstruct", "continue", "answer"]
@@ -291,12 +291,14 @@ class MemoryReading(nn.Module):
                 if isinstance(text, int):
                     _, latents, n = windows[text]
                     merged = latents * (len(prompt[part]) - 2) // n  # as merge_neighbours groups them
-                    places = (first + 1 + merged) * SLOTS + slots_of(latents)
-                    at = places[tokens]
+                    slots = ranks(latents)
+                    at = ((first + 1 + merged) * SLOTS + slots)[tokens]
+                    copyable = (slots < SLOTS)[tokens]
                 else:
                     at = (first + tokens) * SLOTS
+                    copyable = torch.ones_like(at, dtype=torch.bool)
                 columns = torch.arange(at.shape[1]).expand_as(at) + column
-                gold[i, columns.flatten(), at.flatten()] = True
+                gold[i, columns[copyable], at[copyable]] = True
         return gold.to(targets[0].device)
 
     @staticmethod

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
-from vist_rag.generation.prefix_bert import SLOTS
+from vist_rag.generation.prefix_bert import SLOTS, ranks
 from vist_rag.generation.prompt import Prompt, TextSegment
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def itself(ids: Tensor) -> Tensor:
 def show(ids: Tensor, latents: Tensor, n: int) -> Tensor:
     """Tokens in the slots of their latents, int64 ``[m]`` twice -> int64 ``[n, SLOTS]``, -1 where a slot is empty."""
     shown = torch.full((n, SLOTS), -1)
-    slots = torch.arange(len(latents)) - torch.searchsorted(latents, latents)
+    slots = ranks(latents)
     kept = slots < SLOTS
     shown[latents[kept], slots[kept]] = ids[kept]
     return shown
