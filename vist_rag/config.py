@@ -80,6 +80,8 @@ class ResamplerConfig:
             than one are concatenated, so that memory keeps both how a word is spelt and what it means.
         spelling_width: Width of a second part of each latent, a linear view of its own window: how its words are
             spelt. 0 leaves it out.
+        salience: Whether the first number of each latent says how much it matters, so that a coarser memory keeps what
+            matters most.
     """
 
     latents_per_page: int = 64
@@ -89,6 +91,7 @@ class ResamplerConfig:
     expansion: int = 4
     tower_layers: tuple[int, ...] = (-1,)
     spelling_width: int = 0
+    salience: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tower_layers", tuple(self.tower_layers))
@@ -100,8 +103,8 @@ class ResamplerConfig:
 
     @property
     def memory_width(self) -> int:
-        """Width ``d`` of a latent with both its parts."""
-        return self.width + self.spelling_width
+        """Width ``d`` of a latent with all its parts."""
+        return self.salience + self.width + self.spelling_width
 
 
 @dataclass(frozen=True, slots=True)

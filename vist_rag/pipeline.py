@@ -157,7 +157,7 @@ class VistRAG:
             if not self.index.read_only:
                 # By passage, not by id: nothing is kept for a text that was replaced in the meantime.
                 self.index.put_memories({passage: made[passage.id] for passage in missing}, fingerprint)
-        full = {id_: VisualMemory(torch.from_numpy(stored[id_]).float(), fingerprint) for id_ in wanted}
+        full = {id_: self.compressor.memory(torch.from_numpy(stored[id_]).float()) for id_ in wanted}
         return [
             [
                 full[hit.passage.id] if n is None else full[hit.passage.id].coarsen(n)

@@ -52,16 +52,21 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+BERT_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 512,
+}
+
+
 def tiny_generator(seed: int = 0, *, memory_width: int = 16) -> VistGenerator:
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     config = PrefixBertConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
+        **BERT_SIZES,
         initializer_range=0.2,
         bos_token_id=2,
         eos_token_id=3,

@@ -167,6 +167,16 @@ def test_memory_and_raw_text_reach_the_generator_in_their_places(rag: VistRAG, p
     assert segments[5].text == f"Question: {QUESTION}\nAnswer:"
 
 
+def test_a_coarser_memory_from_the_index_keeps_what_matters_most(rag: VistRAG) -> None:
+    rag.compressor = tiny_compressor(salience=True)
+    plan = rag.plan(rag.index.search(QUESTION, 1), Budget(k_raw=0, k_memory=1, latents=3))
+    whole = rag.compressor.encode([plan.compressed[0].passage.content])[0]
+    assert whole.salience is not None
+    kept = whole.salience.topk(3).indices.sort().values
+    for _ in ("encoded now", "kept in the index"):
+        np.testing.assert_allclose(rag.memories([plan])[0][0].latents, whole.latents[kept], atol=2e-2)
+
+
 def test_a_batch_answers_as_one_by_one(rag: VistRAG) -> None:
     questions = [QUESTION, "where is the lake", "marie curie"]
     batch = rag.answer_batch(questions)

@@ -246,10 +246,14 @@ class VistCompressor(PreTrainedModel):
                     for text_id, page in self._page_latents(pages, batch_size):
                         latents[some[text_id]].append(page)
                     bar.update(len(some))
-            fingerprint = self.fingerprint
         finally:
             self.train(was_training)
-        return [VisualMemory(torch.cat(parts), fingerprint) for parts in latents]
+        return [self.memory(torch.cat(parts)) for parts in latents]
+
+    def memory(self, latents: Tensor) -> VisualMemory:
+        """The memory whose latents, float ``[n, d]``, this compressor made."""
+        salience = latents[:, 0] if self.resampler_config.salience else None
+        return VisualMemory(latents, self.fingerprint, salience)
 
     def _page_latents(self, pages: Pages, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         for begin in range(0, len(pages), batch_size):

@@ -17,10 +17,12 @@ class VisualMemory:
     Attributes:
         latents: float ``[n, d]``, in reading order: each stands for a window of the rendered text.
         fingerprint: Of the compressor that made them.
+        salience: How much each latent matters, float ``[n]``; None where its compressor does not say.
     """
 
     latents: Tensor
     fingerprint: str
+    salience: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.latents.dim() != 2 or len(self.latents) == 0:
@@ -30,7 +32,10 @@ class VisualMemory:
         return len(self.latents)
 
     def coarsen(self, n_latents: int) -> VisualMemory:
-        """A memory of at most ``n_latents`` latents, made by averaging neighbours; itself where it is small enough.
+        """A memory of at most ``n_latents`` of its latents, in reading order; itself where it is small enough.
+
+        Those that matter most are kept, and where salience is unknown, evenly spread ones. Kept latents stay whole: an
+        average of neighbours says little, because the letters of both are blurred (``benchmarks/elastic.py``).
 
         Raises:
             ConfigError: If ``n_latents`` is less than 1.
@@ -39,29 +44,14 @@ class VisualMemory:
             raise ConfigError(f"n_latents must be 1 or more, got {n_latents}.")
         if n_latents >= len(self):
             return self
-        return VisualMemory(merge_neighbours(self.latents, n_latents), self.fingerprint)
+        kept = keep(len(self), n_latents, self.salience)
+        salience = None if self.salience is None else self.salience[kept]
+        return VisualMemory(self.latents[kept], self.fingerprint, salience)
 
 
-def merge_neighbours(latents: Tensor, n_latents: int) -> Tensor:
-    """Average neighbouring latents, ``[n, d]`` -> ``[n_latents, d]``.
-
-    Each latent counts once: groups of neighbours that differ by one in size at most, spread evenly over the text. So
-    where few have to go, most stay as they are.
-    """
-    n = len(latents)
-    group = torch.arange(n, device=latents.device) * n_latents // n
-    sums = torch.zeros(n_latents, latents.shape[1], device=latents.device).index_add(0, group, latents.float())
-    merged: Tensor = sums / torch.bincount(group, minlength=n_latents)[:, None]
-    return merged.to(latents.dtype)
-
-
-def coarsest_first(n: int) -> list[int]:
-    """Sizes worth offering for a memory of ``n`` latents: 1, 2, 4, ... and ``n``."""
-    return sorted({*(2**k for k in range(n.bit_length()) if 2**k < n), n})
-
-
-def stack(memories: list[VisualMemory]) -> tuple[Tensor, Tensor]:
-    """Pad memories to one batch: latents ``[b, n, d]`` and mask, bool ``[b, n]``."""
-    batch = torch.nn.utils.rnn.pad_sequence([m.latents for m in memories], batch_first=True)
-    lengths = torch.tensor([len(m) for m in memories], device=batch.device)
-    return batch, torch.arange(batch.shape[1], device=batch.device) < lengths[:, None]
+def keep(n: int, size: int, salience: Tensor | None = None) -> Tensor:
+    """Which ``size`` latents of ``n`` a coarser memory keeps: int64 ``[size]``, ascending."""
+    if salience is None:
+        return (2 * torch.arange(size) + 1) * n // (2 * size)
+    order = salience.argsort(descending=True, stable=True)  # equals in reading order, on every machine
+    return order[:size].sort().values

@@ -44,7 +44,7 @@ class PerceiverResampler(nn.Module):
 
     Latent ``i`` starts from a learned query plus a projection of the ``s / latents_per_page`` neighbouring patches
     that it stands for, and then attends to the whole page. So a page that holds little text needs few latents, and
-    neighbouring latents can be merged without the tower.
+    a coarser memory is some of its latents: no tower is needed.
 
     Args:
         config: Sizes.
@@ -75,6 +75,7 @@ class PerceiverResampler(nn.Module):
         self.project_spelling = (
             nn.Linear(self.window * feature_width, config.spelling_width) if config.spelling_width else None
         )
+        self.project_salience = nn.Linear(self.window * feature_width, 1) if config.salience else None
 
     def latent_mask(self, mask: Tensor) -> Tensor:
         """Which latents stand for text: bool ``[p, s]`` -> bool ``[p, n]``."""
@@ -111,4 +112,6 @@ class PerceiverResampler(nn.Module):
         latents = self.norm_out(latents)
         if self.project_spelling is not None:
             latents = torch.cat((latents, self.project_spelling(windows)), dim=-1)
+        if self.project_salience is not None:
+            latents = torch.cat((self.project_salience(windows), latents), dim=-1)
         return latents, standing

@@ -32,7 +32,6 @@ SLOTS = 6
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
 _EXACT = 50.0  # of the cosine between a word and itself: all others are nothing beside it
-_COS, _SIN = 0.5, 0.75**0.5
 
 
 def ranks(places: Tensor) -> Tensor:
@@ -44,19 +43,6 @@ def ranks(places: Tensor) -> Tensor:
     result = torch.empty_like(places)
     result[order] = position - first
     return result
-
-
-def turn(vectors: Tensor, slot: int, *, back: bool = False) -> Tensor:
-    """Mark vectors, float ``[..., d]``, as the word at this place of their position, or take the mark away.
-
-    A rotation by 60 degrees of pairs of coordinates, other pairs for each slot; the first slot is not turned. So a sum
-    of several words is near each of them, and tells which came first. ``d`` must be a multiple of ``2 ** (SLOTS - 1)``.
-    """
-    if slot == 0:
-        return vectors
-    first, second = vectors.unflatten(-1, (-1, 2, 2 ** (slot - 1))).unbind(-2)
-    sin = -_SIN if back else _SIN
-    return torch.stack((_COS * first - sin * second, sin * first + _COS * second), dim=-2).flatten(-3)
 
 
 class CopyAttention(nn.Module):
@@ -144,7 +130,8 @@ class CopyAttention(nn.Module):
         directions = F.pad(size * F.normalize(words, dim=-1), (0, 0, 0, 1))  # the last row, -1, is nothing
         of_state, of_words = self.key.weight.split((states.shape[-1], 2 * states.shape[-1]), dim=1)
         keys = F.linear(states, of_state, self.key.bias).repeat_interleave(SLOTS, dim=1)
-        return keys + F.linear(torch.cat((directions[ids], directions[before]), dim=-1), of_words)
+        named = torch.cat((directions[ids[there]], directions[before[there]]), dim=-1)  # most slots are empty
+        return keys.index_put((there,), F.linear(named, of_words), accumulate=True)
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):
@@ -169,6 +156,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         shown: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token ``[b, t, v]``, the cache, and as ``attentions`` what is copied (``CopyAttention``).
@@ -186,6 +174,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
                 ``input_ids``, and where there are none, nothing can be copied.
             use_cache: Keep keys and values.
             logits_to_keep: Logits of so many last positions only; 0 means all.
+            output_hidden_states: Return the states of every layer too, the input first.
             **_: What ``generate`` passes to every model.
         """
         embeddings = inputs_embeds if inputs_embeds is not None else self.get_input_embeddings()(input_ids)
@@ -205,14 +194,16 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         both_ways = F.pad(prompt, (0, past + length - prompt.shape[1]))[:, None]
         # A padding row attends to itself: a softmax over nothing is NaN.
         seen = ((causal[None] | both_ways) & present[:, None]) | own
-        states = self.bert(
+        read = self.bert(
             inputs_embeds=embeddings,
             attention_mask=seen[:, None],
             past_key_values=cache,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
             use_cache=cache is not None,
-        ).last_hidden_state
+            output_hidden_states=output_hidden_states,
+        )
+        states = read.last_hidden_state
         kept = states[:, -logits_to_keep:] if logits_to_keep else states
         # A word to be copied is never the one that stands at this very position.
         copyable = (seen & both_ways & ~own)[:, -kept.shape[1] :, : prompt.shape[1]]
@@ -227,7 +218,9 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         )
         # Both must agree on a word; a copy of nothing leaves the choice to the language model.
         logits = head.decoder(head.transform(kept)) + (copied + 1 / len(words)).log()
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache, attentions=(pointed,))
+        return CausalLMOutputWithPast(
+            logits=logits, past_key_values=cache, hidden_states=read.hidden_states, attentions=(pointed,)
+        )
 
     def _cache(self, cache: Any, *, use_cache: bool | None) -> Any:
         """The cache with a layer for what may be copied; None where none is kept."""

@@ -22,47 +22,27 @@ from torch.nn import functional as F  # noqa: N812
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import SoftPromptFusion
 from vist_rag.generation.fusion.soft_prompt import CHARACTERS
-from vist_rag.generation.prefix_bert import SLOTS, ranks, turn
 from vist_rag.rendering import Pages
-from vist_rag.training.tower import TowerReading, reading_batch
+from vist_rag.training.tower import TowerReading, patch_targets
 
 CHARACTERS_NONE = len(CHARACTERS)
 SCALE = 30.0
 """Of cosines, before the softmax over the pieces of the batch."""
 
 
-def level(words: Tensor) -> Tensor:
-    """Embeddings ``[v, d]`` at one distance from their centre: in a mean, no word drowns the others."""
-    centre = words.mean(0)
-    distances = (words - centre).norm(dim=-1, keepdim=True)
-    levelled: Tensor = centre + (words - centre) * (distances.mean() / distances.clamp(min=1e-6))
-    return levelled
-
-
-def hold(embeddings: Tensor, places: Tensor, n: int, centre: Tensor) -> Tensor:
-    """What a perfect memory would be: the mean of the word pieces in each window, each marked with its slot.
+def pack(embeddings: Tensor, places: Tensor, n: int, centre: Tensor) -> Tensor:
+    """What a perfect memory would mean: the mean of the word pieces in each window.
 
     Args:
-        embeddings: Of the pieces in text order, ``level``, float ``[m, d]``.
+        embeddings: Of the pieces, float ``[m, d]``.
         places: Window of each, int64 ``[m]``.
         n: Number of windows.
         centre: Of all words, float ``[d]``.
     Returns:
         float ``[n, d]``; the centre where a window has no piece.
     """
-    slots = slots_of(places)
-    turned = embeddings - centre
-    for slot in range(1, SLOTS):
-        here = slots == slot
-        turned[here] = turn(turned[here], slot)
-    sums = turned.new_zeros(n, turned.shape[1]).index_add(0, places, turned)
-    counts = torch.bincount(places, minlength=n).clamp(min=1)
-    return centre + sums / counts[:, None]
-
-
-def slots_of(places: Tensor) -> Tensor:
-    """Slot of each piece in its window, for places of pieces in text order: int64 ``[m]`` -> int64 ``[m]``."""
-    return ranks(places).clamp(max=SLOTS - 1)
+    sums = embeddings.new_zeros(n, embeddings.shape[1]).index_add(0, places, embeddings - centre)
+    return centre + sums / torch.bincount(places, minlength=n).clamp(min=1)[:, None]
 
 
 class LexicalAlignment(nn.Module):
@@ -73,10 +53,12 @@ class LexicalAlignment(nn.Module):
         fusion: Its projector learns.
         word_embeddings: The generator's, float ``[v, d_llm]``; not changed.
         reading: The heads that taught the tower, where it goes on learning to read beside.
+        salience: How much each word piece matters, ``piece_salience``; for a compressor that has to tell it.
     """
 
     word_embeddings: Tensor
     centre: Tensor
+    salience: Tensor | None
 
     def __init__(
         self,
@@ -84,11 +66,13 @@ class LexicalAlignment(nn.Module):
         fusion: SoftPromptFusion,
         word_embeddings: Tensor,
         reading: TowerReading | None = None,
+        salience: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.compressor, self.fusion, self.reading = compressor, fusion, reading
-        self.register_buffer("word_embeddings", level(word_embeddings.detach()), persistent=False)
+        self.register_buffer("word_embeddings", word_embeddings.detach(), persistent=False)
         self.register_buffer("centre", word_embeddings.detach().mean(0), persistent=False)
+        self.register_buffer("salience", salience, persistent=False)
 
     def forward(
         self,
@@ -100,7 +84,7 @@ class LexicalAlignment(nn.Module):
         words: Tensor | None = None,
         spelling: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Loss, and the share of pieces that are the nearest ones of their slot.
+        """Loss, and the share of pieces that are nearer to their latent than all that its window does not hold.
 
         Args:
             pixel_values: float ``[p, c, size, size]``.
@@ -126,16 +110,15 @@ class LexicalAlignment(nn.Module):
         known, targets = pieces.unique(return_inverse=True)
         embeddings = self.word_embeddings[pieces]
         directions = F.normalize(self.word_embeddings[known] - self.centre, dim=-1)
-        slots = slots_of(place)
-        logits = prompt.new_zeros(len(pieces), len(known))
-        for slot in range(SLOTS):
-            here = slots == slot
-            shown = turn(prompt[place[here]] - self.centre, slot, back=True)
-            logits[here] = SCALE * F.normalize(shown, dim=-1) @ directions.T
+        cosines = F.normalize(prompt - self.centre, dim=-1) @ directions.T  # [l, known]
+        held = torch.zeros_like(cosines, dtype=torch.bool)
+        held[place, targets] = True
+        own = F.one_hot(targets, len(known)).bool()
+        logits = (SCALE * cosines[place]).masked_fill(held[place] & ~own, -torch.inf)
         told = F.cross_entropy(logits, targets)
 
         standing_for = torch.bincount(place, minlength=len(prompt)) > 0
-        ideal = hold(embeddings, place, len(prompt), self.centre)
+        ideal = pack(embeddings, place, len(prompt), self.centre)
         distance = (prompt - ideal)[standing_for].square().mean() / self.word_embeddings.var()
 
         spelt: Tensor | float = 0.0
@@ -149,31 +132,41 @@ class LexicalAlignment(nn.Module):
             right = guesses.argmax(-1) == classes
             figures["spelt"] = right[written].float().mean().detach()
             figures["blank"] = right[~written].float().mean().detach()
+        ranked: Tensor | float = 0.0
+        if self.salience is not None and self.compressor.resampler_config.salience:
+            goal = window_salience(pieces, place, len(prompt), self.salience)
+            ranked = F.mse_loss(memory[standing][:, 0], goal)
+            figures["salience_error"] = ranked.detach() / goal.var()
         return figures | {
-            "loss": spelt + distance + told + figures.get("loss", 0.0),
+            "loss": spelt + distance + told + ranked + figures.get("loss", 0.0),
             "distance": distance.detach(),
             "piece_accuracy": (logits.argmax(-1) == targets).float().mean(),
         }
 
 
-class Alternating(nn.Module):
-    """Reading and lexical batches in one stage; the tower learns from the lexical ones alone, so reading stays cheap.
+def piece_salience(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """How much each word piece matters, float ``[v]``: the rarer in these texts, the more.
+
+    Source: the weight ``log(|S| / (1 + count(w)))`` of VIST (arXiv:2502.00791, section 3.3), as a share of that of a
+    piece that never occurs, and not below 0.
+    """
+    counts = torch.zeros(tokenizer.get_vocab_size())
+    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
+        counts += torch.bincount(torch.tensor(encoding.ids, dtype=torch.long), minlength=len(counts))
+    total = counts.sum().clamp(min=2)
+    return (torch.log(total / (1 + counts)) / torch.log(total)).clamp(min=0)
+
+
+def window_salience(pieces: Tensor, places: Tensor, n: int, salience: Tensor) -> Tensor:
+    """How much each window matters, float ``[n]``: the sum over its pieces.
 
     Args:
-        reading: Takes batches without ``pieces``.
-        lexical: Takes batches with them; shares its compressor and fusion with ``reading``.
+        pieces: int64 ``[m]``.
+        places: Window of each, int64 ``[m]``.
+        n: Number of windows.
+        salience: Of each piece of the vocabulary, float ``[v]``.
     """
-
-    def __init__(self, reading: nn.Module, lexical: LexicalAlignment) -> None:
-        super().__init__()
-        self.reading, self.lexical = reading, lexical
-
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """What the module says that the batch is for."""
-        is_lexical = "pieces" in batch
-        self.lexical.compressor.tower.requires_grad_(is_lexical)
-        figures: dict[str, Tensor] = (self.lexical if is_lexical else self.reading)(**batch)
-        return figures
+    return salience.new_zeros(n).index_add(0, places, salience[pieces])
 
 
 class WordSalad:
@@ -217,7 +210,7 @@ def lexical_batch(
         texts: What is rendered.
         compressor: Its renderer and windows.
         tokenizer: The generator's.
-        reading: Add what each patch shows (``reading_batch``).
+        reading: Add what each patch shows (``patch_targets``).
         spelling: Add the characters of each latent's window, so many at most; 0 leaves them out.
     """
     pages = compressor.renderer.render(texts)
@@ -225,7 +218,7 @@ def lexical_batch(
     shown_on = list(pieces_of_pages(pages, encodings, compressor.resampler.window))
     places = [np.stack((np.full(len(latents), page), latents), axis=1) for page, (_, latents) in enumerate(shown_on)]
     ids = [some for some, _ in shown_on]
-    shown = reading_batch(texts, compressor.renderer, tokenizer) if reading else {}
+    shown = patch_targets(texts, pages, encodings) if reading else {}
     if spelling:
         shown["spelling"] = torch.from_numpy(_spelling(pages, texts, compressor.resampler.window, spelling))
     return shown | {
@@ -241,7 +234,7 @@ def pieces_of_pages(pages: Pages, encodings: Sequence[Any], window: int) -> Iter
 
     int64 ``[m]`` twice, in text order; every piece of a text is on one of its pages.
     """
-    first = np.maximum.accumulate(pages.char_spans[..., 0].numpy(), axis=1)  # character of each patch, ascending
+    first = _first_characters(pages)
     for page, (text_id, starts) in enumerate(zip(pages.text_ids.tolist(), first, strict=True)):
         encoding = encodings[text_id]
         middles = np.array([(start + end - 1) // 2 for start, end in encoding.offsets], np.int64)
@@ -254,7 +247,7 @@ def pieces_of_pages(pages: Pages, encodings: Sequence[Any], window: int) -> Iter
 
 def _spelling(pages: Pages, texts: Sequence[str], window: int, most: int) -> np.ndarray:
     """Class of each character by page, window and place in the window, int64 ``[p, n, most]``."""
-    first = np.maximum.accumulate(pages.char_spans[..., 0].numpy(), axis=1)
+    first = _first_characters(pages)
     classes = np.full((len(first), -(-first.shape[1] // window), most), CHARACTERS_NONE, np.int64)
     for page, (text_id, starts) in enumerate(zip(pages.text_ids.tolist(), first, strict=True)):
         used = int(pages.patch_mask[page].sum())
@@ -270,3 +263,8 @@ def _spelling(pages: Pages, texts: Sequence[str], window: int, most: int) -> np.
         spelt = np.where((codes >= 32) & (codes < 127), codes - 32, CHARACTERS_NONE + 1)
         classes[page, latent[kept], place[kept]] = spelt[kept]
     return classes
+
+
+def _first_characters(pages: Pages) -> np.ndarray:
+    """Character at which each patch begins, ascending, int64 ``[p, s]``; blank patches take the last one's."""
+    return np.maximum.accumulate(pages.char_spans[..., 0].numpy(), axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import re
 from collections.abc import Sequence
@@ -14,13 +15,13 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
 from vist_rag.compression import VistCompressor
-from vist_rag.compression.memory import merge_neighbours
+from vist_rag.compression.memory import keep
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import itself, show
-from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM, ranks
+from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
 from vist_rag.rendering import Pages
 from vist_rag.training.data import Question, titled
-from vist_rag.training.lexical import hold, level, pieces_of_pages
+from vist_rag.training.lexical import pack, pieces_of_pages, window_salience
 from vist_rag.types import Passage
 
 Task = Literal["reconstruct", "continue", "answer"]
@@ -86,6 +87,10 @@ def window(text: str, words: int, rng: random.Random, *, keep: str = "") -> str:
     return text[spans[begin][0] : spans[min(len(spans), begin + words) - 1][1]]
 
 
+Window = tuple[Tensor, Tensor, int]
+"""Word pieces of a text, the latent that shows each (int64 ``[m]`` twice), and how many latents there are."""
+
+
 class MemoryReading(nn.Module):
     """Compressor, fusion and generator under one loss: the next token of the target.
 
@@ -93,9 +98,12 @@ class MemoryReading(nn.Module):
         compressor: Its tower stays frozen; its resampler learns.
         generator: Its fusion and its model learn.
         rates: Shares of a memory's latents to train with, each with its weight, so that every size is practised.
-        ideal: Share of batches that show the generator what a perfect compressor would: the mean embedding of the word
-            pieces in each latent's window. It learns to read memory sooner from that, because what it is to copy is
-            there.
+        ideal: Share of batches that show the generator what a perfect compressor would: the word pieces in each
+            latent's window. It learns to read memory sooner from that, because what it is to copy is there.
+        slips: Share of the characters that ideal memory spells wrong, as a real one does.
+        distil: Weight of a second loss: at every layer, the generator that reads memory must be in the state that it
+            was in when training began, reading the same text raw. It tells far more about reading than answers do.
+        salience: How much each word piece matters, for a compressor that tells it: so smaller memories are chosen.
     """
 
     def __init__(
@@ -105,15 +113,24 @@ class MemoryReading(nn.Module):
         *,
         rates: dict[float, float] | None = None,
         ideal: float = 0.0,
+        slips: float = 0.0,
+        distil: float = 0.0,
+        salience: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.ideal = ideal
+        self.ideal, self.slips, self.distil = ideal, slips, distil
         self.compressor = compressor
         self.fusion = generator.fusion
         self.lm = generator.model
         self._generator = [generator]  # in a list: not a module, so not saved twice
+        self._teacher: list[nn.Module] = []
         self.rates = rates or {1.0: 1.0}
+        self.salience = salience
         self.template = PromptTemplate()
+
+    def teach_itself(self) -> None:
+        """Take the generator as it is now as the teacher; needed once where ``distil`` is above 0."""
+        self._teacher = [copy.deepcopy(self.lm).requires_grad_(False).eval()]
 
     def batch(self, examples: Sequence[Example], rng: random.Random) -> dict[str, Any]:
         """Render and tokenize examples; what ``forward`` takes."""
@@ -141,18 +158,26 @@ class MemoryReading(nn.Module):
         end = generator.ids([generator.tokenizer.eos_token_id])
         targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
         pages = self.compressor.renderer.render(contents)
+        windows = self._windows(contents, pages)
         rates = rng.choices(list(self.rates), list(self.rates.values()), k=len(contents))
+        ideal = rng.random() < self.ideal
         return {
             "pixel_values": pages.pixel_values,
             "patch_mask": pages.patch_mask,
             "text_ids": pages.text_ids,
-            "rates": rates,
+            "kept": [self._kept(window, rate) for window, rate in zip(windows, rates, strict=True)],
             "segments": segments,
             "targets": targets,
-            "windows": self._windows(contents, pages),
-            "ideal": rng.random() < self.ideal,
+            "windows": windows,
+            "spelt": self._windows([misspell(text, self.slips, rng) for text in contents], pages) if ideal else None,
             "pointers": pointers,
         }
+
+    def _kept(self, window: Window, rate: float) -> Tensor:
+        """The latents of a smaller memory, int64, ascending."""
+        pieces, latents, n = window
+        salience = None if self.salience is None else window_salience(pieces, latents, n, self.salience)
+        return keep(n, max(1, round(rate * n)), salience)
 
     def _tokens(self, target: str, shown: str) -> Tensor | None:
         """Where the tokens of the target stand among those of what is shown, a row for each of up to four occurrences.
@@ -170,8 +195,8 @@ class MemoryReading(nn.Module):
                 found.append(range(i, i + len(wanted)))
         return torch.tensor([list(row) for row in found[:4]]) if found else None
 
-    def _windows(self, contents: Sequence[str], pages: Pages) -> list[tuple[Tensor, Tensor, int]]:
-        """Of each text, its word pieces, the latent that shows each (int64 ``[m]`` twice), and how many latents."""
+    def _windows(self, contents: Sequence[str], pages: Pages) -> list[Window]:
+        """The windows of each text."""
         window = self.compressor.resampler.window
         encodings = self._generator[0].tokenizer.backend_tokenizer.encode_batch(
             list(contents), add_special_tokens=False
@@ -192,13 +217,12 @@ class MemoryReading(nn.Module):
         pixel_values: Tensor,
         patch_mask: Tensor,
         text_ids: Tensor,
-        rates: list[float],
+        kept: Sequence[Tensor],
         segments: list[list[Tensor | int]],
         targets: list[Tensor],
-        windows: Sequence[tuple[Tensor, Tensor, int]] = (),
+        windows: Sequence[Window] = (),
+        spelt: Sequence[Window] | None = None,
         pointers: Sequence[Sequence[tuple[int, Tensor]]] = (),
-        *,
-        ideal: bool = False,
     ) -> dict[str, Tensor]:
         """Loss of the targets, and the share of their tokens that come first in the distribution.
 
@@ -208,64 +232,141 @@ class MemoryReading(nn.Module):
             pixel_values: float ``[p, c, size, size]``.
             patch_mask: bool ``[p, s]``.
             text_ids: Text of each page, int64 ``[p]``.
-            rates: Share of the latents that each text keeps.
+            kept: Of each text, the latents that are kept, int64.
             segments: Each prompt as token ids and, for a memory, the number of its text.
             targets: Token ids to be written, a row each.
-            windows: Of each text, its word pieces, the latent that shows each, and how many latents there are.
+            windows: Of each text.
+            spelt: What an ideal memory of each text says; None: memory is what the compressor makes.
             pointers: Of each prompt, the parts that show the target, and which of their tokens it is.
-            ideal: Whether memory is what it should be, and not what the compressor makes.
         """
-        if ideal:
-            memories = [self._ideal_memory(*window, rate) for window, rate in zip(windows, rates, strict=True)]
+        if spelt is None:
+            memories = self._memories(pixel_values, patch_mask, text_ids, kept)
         else:
-            memories = self._memories(pixel_values, patch_mask, text_ids, rates)
+            memories = [self._ideal_memory(window, some) for window, some in zip(spelt, kept, strict=True)]
         device = self.fusion.boundaries.device
-        # One look-up for all: the gradient of each would be as large as the whole table.
-        texts = [part.to(device) for row in segments for part in row if not isinstance(part, int)]
+        segments = [[part if isinstance(part, int) else part.to(device) for part in row] for row in segments]
         targets = [target.to(device) for target in targets]
+        # One look-up for all: the gradient of each would be as large as the whole table.
+        texts = [part for row in segments for part in row if not isinstance(part, int)]
         looked_up = self.lm.get_input_embeddings()(torch.cat((*texts, *targets)))
         pieces = iter(looked_up.split([len(part) for part in (*texts, *targets)]))
-        prompts = [[memories[part] if isinstance(part, int) else next(pieces) for part in row] for row in segments]
+        prompts = [[memories[part][0] if isinstance(part, int) else next(pieces) for part in row] for row in segments]
         rows = [torch.cat((*prompt, next(pieces))) for prompt in prompts]
-        prefixes = [
-            torch.arange(len(row), device=device) < len(row) - len(target)
-            for row, target in zip(rows, targets, strict=True)
-        ]
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
-        ones = [torch.ones(len(row), dtype=torch.long, device=embeds.device) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left")
-        extra = {}
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        extra = self._frame(lengths, targets)
+        shown = [
+            torch.cat([memories[part][1] if isinstance(part, int) else itself(part) for part in row])
+            for row in segments
+        ]
         if isinstance(self.lm, PrefixBertForCausalLM):
-            extra["prefix_mask"] = pad_sequence(prefixes, batch_first=True, padding_side="left")
-            shown = [
-                torch.cat(
-                    [
-                        self._shown(windows[part], len(memories[part]) - 2)
-                        if isinstance(part, int)
-                        else itself(part.cpu())
-                        for part in row
-                    ]
-                    + [torch.full((len(target), SLOTS), -1)]
-                )
-                for row, target in zip(segments, targets, strict=True)
-            ]
-            extra["shown"] = pad_sequence(shown, batch_first=True, padding_value=-1, padding_side="left").to(device)
-        labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100).to(embeds.device)
+            extra["shown"] = self._all_shown(shown, targets)
+        labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100)
         # Rows end together, so the targets are the last columns: no logits are computed for the prompt.
         keep = labels.shape[1] + 1
-        output = self.lm(inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=keep, **extra)
+        distil = self.distil > 0 and bool(memories)
+        output = self.lm(
+            inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, output_hidden_states=distil, **extra
+        )
         logits = output.logits[:, :-1]
         told = labels != -100
         loss = F.cross_entropy(logits[told].float(), labels[told])
         figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
         if isinstance(self.lm, PrefixBertForCausalLM):
-            gold = self._gold(prompts, segments, targets, pointers, windows, (labels.shape[1], embeds.shape[1]))
-            gold[..., :-1] &= (extra["shown"].flatten(1) >= 0)[:, None]  # what is not spelt cannot be copied
+            gold = self._gold(prompts, segments, targets, pointers, windows, kept, extra["shown"])
             pointed = (output.attentions[0][:, :-1] * gold).sum(-1)[gold.any(-1)]
             if len(pointed):
                 loss = loss - pointed.clamp(min=1e-6).log().mean()
                 figures["pointed"] = pointed.mean().detach()
+        if distil:
+            states, taught = self._taught(prompts, segments, targets, windows, kept, keep, len(embeds[0]))
+            believed = F.kl_div(
+                logits[told].log_softmax(-1), taught[told].log_softmax(-1), reduction="batchmean", log_target=True
+            )
+            apart = torch.stack(
+                [
+                    ((own - goal)[there]).square().mean() / goal[there].var()
+                    for own, (goal, there) in zip(output.hidden_states[1:], states, strict=True)
+                ]
+            ).mean()
+            figures |= {"believed": believed.detach(), "apart": apart.detach()}
+            loss = loss + self.distil * (believed + apart)
         return {"loss": loss, **figures}
+
+    def _frame(self, lengths: Tensor, targets: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Masks of left-padded rows that end with their targets."""
+        places = torch.arange(int(lengths.max()), device=lengths.device)
+        begins = len(places) - lengths[:, None]
+        ends = torch.tensor([len(places) - len(target) for target in targets], device=lengths.device)[:, None]
+        frame = {"attention_mask": (places >= begins).long()}
+        if isinstance(self.lm, PrefixBertForCausalLM):
+            frame["prefix_mask"] = (places >= begins) & (places < ends)
+        return frame
+
+    @staticmethod
+    def _all_shown(shown: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Tokens that each position of the batch shows, int64 ``[b, t, SLOTS]``: targets show nothing."""
+        rows = [F.pad(row, (0, 0, 0, len(target)), value=-1) for row, target in zip(shown, targets, strict=True)]
+        return pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+
+    @torch.no_grad()
+    def _taught(
+        self,
+        prompts: Sequence[Sequence[Tensor]],
+        segments: Sequence[Sequence[Tensor | int]],
+        targets: Sequence[Tensor],
+        windows: Sequence[Window],
+        kept: Sequence[Tensor],
+        keep: int,
+        length: int,
+    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """What the generator of the beginning makes of the same prompts with raw text in the place of memory.
+
+        Returns:
+            Of each layer, the state that each position should have, float ``[b, length, d]``, and which have one; a
+            latent should have the mean of its pieces' states. Then the logits of the targets.
+        """
+        device = targets[0].device
+        rows, goes_to = [], []
+        for i, (prompt, row, target) in enumerate(zip(prompts, segments, targets, strict=True)):
+            begin = i * length + length - len(target) - sum(map(len, prompt))
+            ids: list[Tensor] = []
+            places: list[Tensor] = []
+            for embedded, part in zip(prompt, row, strict=True):
+                if isinstance(part, int):
+                    pieces, latents, n = windows[part]
+                    index = torch.full((n,), -1).scatter(0, kept[part], begin + 1 + torch.arange(len(kept[part])))
+                    ids.append(pieces.to(device))
+                    places.append(index[latents].to(device))
+                else:
+                    ids.append(part)
+                    places.append(begin + torch.arange(len(part), device=device))
+                begin += len(embedded)
+            rows.append(torch.cat((*ids, target)))
+            goes_to.append(torch.cat((*places, begin + torch.arange(len(target), device=device))))
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        frame = self._frame(lengths, targets)
+        if isinstance(self.lm, PrefixBertForCausalLM):
+            shown = [itself(row[: len(row) - len(target)]) for row, target in zip(rows, targets, strict=True)]
+            frame["shown"] = self._all_shown(shown, targets)
+        output = self._teacher[0].to(device)(
+            inputs_embeds=self.lm.get_input_embeddings()(pad_sequence(rows, batch_first=True, padding_side="left")),
+            use_cache=False,
+            logits_to_keep=keep,
+            output_hidden_states=True,
+            **frame,
+        )
+        goals = torch.cat(goes_to)
+        there = goals >= 0
+        goals = goals[there]
+        counts = torch.bincount(goals, minlength=len(prompts) * length)
+        states = []
+        for layer in output.hidden_states[1:]:
+            found = layer[frame["attention_mask"].bool()][there]
+            sums = layer.new_zeros(len(counts), layer.shape[-1]).index_add(0, goals, found)
+            goal = (sums / counts.clamp(min=1)[:, None]).view(len(prompts), length, -1)
+            states.append((goal, (counts > 0).view(len(prompts), length)))
+        return states, output.logits[:, :-1]
 
     @staticmethod
     def _gold(
@@ -273,15 +374,17 @@ class MemoryReading(nn.Module):
         segments: Sequence[Sequence[Tensor | int]],
         targets: Sequence[Tensor],
         pointers: Sequence[Sequence[tuple[int, Tensor]]],
-        windows: Sequence[tuple[Tensor, Tensor, int]],
-        size: tuple[int, int],
+        windows: Sequence[Window],
+        kept: Sequence[Tensor],
+        shown: Tensor,
     ) -> Tensor:
         """Places that show each token to be written, and its end, as ``CopyAttention`` counts them.
 
-        bool ``[b, longest target, length * SLOTS + 1]``; ``size`` is longest target and length.
+        A latent shows a token where it spells it; what is spelt wrong cannot be copied. ``shown`` is int64
+        ``[b, length, SLOTS]``. Returns bool ``[b, longest target, length * SLOTS + 1]``.
         """
-        longest_target, length = size
-        gold = torch.zeros(len(prompts), longest_target, length * SLOTS + 1, dtype=torch.bool)
+        longest_target, length = max(map(len, targets)), shown.shape[1]
+        gold = torch.zeros(len(prompts), longest_target, length * SLOTS + 1, dtype=torch.bool, device=shown.device)
         for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
             begin = length - len(target) - sum(map(len, prompt))  # left padding
             column = longest_target - len(target)
@@ -290,44 +393,42 @@ class MemoryReading(nn.Module):
                 first, text = begin + sum(map(len, prompt[:part])), segments[i][part]
                 if isinstance(text, int):
                     _, latents, n = windows[text]
-                    merged = latents * (len(prompt[part]) - 2) // n  # as merge_neighbours groups them
-                    slots = ranks(latents)
-                    at = ((first + 1 + merged) * SLOTS + slots)[tokens]
-                    copyable = (slots < SLOTS)[tokens]
+                    index = torch.full((n,), -1).scatter(0, kept[text], 1 + torch.arange(len(kept[text])))
+                    at = index[latents[tokens]]
                 else:
-                    at = (first + tokens) * SLOTS
-                    copyable = torch.ones_like(at, dtype=torch.bool)
-                columns = torch.arange(at.shape[1]).expand_as(at) + column
-                gold[i, columns[copyable], at[copyable]] = True
-        return gold.to(targets[0].device)
+                    at = tokens
+                for occurrence in at.tolist():
+                    for order, place in enumerate(occurrence):
+                        if place >= 0:
+                            slots = slice((first + place) * SLOTS, (first + place + 1) * SLOTS)
+                            gold[i, column + order, slots] |= shown[i, first + place] == target[order]
+        return gold
 
-    @staticmethod
-    def _shown(window: tuple[Tensor, Tensor, int], size: int) -> Tensor:
-        """Word pieces that a memory spells, int64 ``[size + 2, SLOTS]``: merged latents spell nothing."""
+    def _ideal_memory(self, window: Window, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``SoftPromptFusion.read`` would give of a memory that means and spells these pieces."""
+        device = self.fusion.boundaries.device
         pieces, latents, n = window
-        groups = torch.arange(n) * size // n
-        alone = (torch.bincount(groups, minlength=size) == 1)[groups[latents]]
-        return F.pad(show(pieces[alone], groups[latents[alone]], size), (0, 0, 1, 1), value=-1)
+        shown = show(pieces, latents, n)[kept].to(device)
+        words = cast(Tensor, self.lm.get_input_embeddings().weight).detach()
+        meaning = pack(words[pieces.to(device)], latents.to(device), n, words.mean(0))[kept.to(device)]
+        return self.fusion.join(meaning, shown, words), self.fusion.between(shown)
 
-    def _ideal_memory(self, pieces: Tensor, latents: Tensor, n: int, rate: float) -> Tensor:
-        """A soft prompt ``[m + 2, d_llm]`` that holds the pieces of each window, between the fusion's boundaries."""
-        begin, end = self.fusion.boundaries[:1], self.fusion.boundaries[1:]
-        with torch.no_grad():
-            words = cast(Tensor, self.lm.get_input_embeddings().weight)
-            held = hold(level(words)[pieces.to(begin.device)], latents.to(begin.device), n, words.mean(0))
-            size = max(1, round(rate * n))
-            memory = merge_neighbours(held, size) if size < n else held
-        return torch.cat((begin, memory, end))
-
-    def _memories(self, pixel_values: Tensor, patch_mask: Tensor, text_ids: Tensor, rates: list[float]) -> list[Tensor]:
-        """Each text's soft prompt, ``[n + 2, d_llm]``."""
+    def _memories(
+        self, pixel_values: Tensor, patch_mask: Tensor, text_ids: Tensor, kept: Sequence[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """What the fusion reads of each text's memory."""
         if not len(pixel_values):
             return []
         latents, standing = self.compressor(pixel_values, patch_mask)
-        merged = []
-        for text_id, rate in enumerate(rates):
+        memories = []
+        for text_id, some in enumerate(kept):
             pages = (text_ids == text_id).nonzero().flatten().tolist()
             memory = torch.cat([latents[p][standing[p]] for p in pages])
-            size = max(1, round(rate * len(memory)))
-            merged.append(merge_neighbours(memory, size) if size < len(memory) else memory)
-        return [self.fusion.project(memory) for memory in merged]
+            memories.append(self.fusion.read(self._generator[0], memory[some.to(memory.device)]))
+        return memories
+
+
+def misspell(text: str, share: float, rng: random.Random) -> str:
+    """The text with so many of its letters and digits, drawn by chance, replaced by others."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return "".join(rng.choice(letters) if c.isalnum() and rng.random() < share else c for c in text)

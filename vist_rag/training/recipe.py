@@ -28,7 +28,7 @@ from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
 from vist_rag.training.data import LengthBatches, Question, expand, read_jsonl, read_questions, titled
 from vist_rag.training.export import save_checkpoint
-from vist_rag.training.lexical import Alternating, LexicalAlignment, WordSalad, lexical_batch
+from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, piece_salience
 from vist_rag.training.reading import (
     Example,
     MemoryReading,
@@ -173,7 +173,7 @@ class RecipeRun:
         if before is not None:
             load_parts(parts, before)
         compressor.tower.requires_grad_(stage.get("train_tower", False))
-        model = LexicalAlignment(compressor, generator.fusion, words, heads)
+        model = LexicalAlignment(compressor, generator.fusion, words, heads, self._salience(compressor))
         model.train()
         tokenizer, _ = self.tokenizer()
         texts, indices = self._text_batches(stage)
@@ -197,6 +197,13 @@ class RecipeRun:
             model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed, result=parts
         )
 
+    def _salience(self, compressor: VistCompressor) -> Tensor | None:
+        """How much each word piece matters; None for a compressor that does not tell."""
+        if not compressor.resampler_config.salience:
+            return None
+        sample = [titled(p.title, p.text) for p in self.texts()[::_VOCABULARY_SAMPLE]]
+        return piece_salience(self.tokenizer()[0], sample)
+
     def _text_batches(self, stage: dict[str, Any]) -> tuple[list[str], LengthBatches]:
         """All plain text, in batches of ``stage["patches"]`` patches."""
         texts = [titled(p.title, p.text) for p in self.texts()]
@@ -209,9 +216,11 @@ class RecipeRun:
     def _read_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
         rates = {float(rate): float(weight) for rate, weight in stage["rates"].items()}
-        model = MemoryReading(compressor, generator, rates=rates, ideal=float(stage.get("ideal", 0.0)))
+        shares = {name: float(stage.get(name, 0.0)) for name in ("ideal", "slips", "distil")}
+        model = MemoryReading(compressor, generator, rates=rates, salience=self._salience(compressor), **shares)
         if before is not None:
             load_parts(model, before)
+        model.teach_itself()
         model.train()
         compressor.tower.requires_grad_(stage.get("train_tower", False))
         if not stage.get("train_compressor", True):
@@ -220,28 +229,20 @@ class RecipeRun:
         # Memory was taught these embeddings; they stay.
         generator.model.get_input_embeddings().requires_grad_(False)
         draw = ExampleMix(stage, self.texts(), *self.questions())
-        share = stage.get("lexical_share", 0.0)
-        words = cast(Tensor, generator.model.get_input_embeddings().weight)
-        lexical = LexicalAlignment(compressor, generator.fusion, words)
-        tokenizer, _ = self.tokenizer()
-        texts, indices = self._text_batches(stage) if share else ([], _Steps(stage["steps"]))
 
-        def build(some: list[int], step: int) -> dict[str, Any]:
+        def build(_: list[int], step: int) -> dict[str, Any]:
             rng = random.Random(f"{self.seed}-{stage['name']}-{step}")
-            if rng.random() < share:
-                return lexical_batch([texts[i] for i in some], compressor, tokenizer)
             return model.batch(draw(rng), rng)
 
         train_stage(
-            Alternating(model, lexical) if share else model,
-            indices,
+            model,
+            _Steps(stage["steps"]),
             build,
             directory,
             learning_rate=stage["learning_rate"],
             seed=self.seed,
             schedule=stage.get("schedule", "cosine"),
             pretrained_rate=stage.get("pretrained_rate", 1.0),
-            result=model,
         )
 
 

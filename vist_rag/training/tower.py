@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from vist_rag.compression.vision import VisionTower
-from vist_rag.rendering import Renderer
+from vist_rag.rendering import Pages, Renderer
 
 CHARACTERS = 4
 """Characters named for each patch, from the first one that it shows."""
@@ -94,9 +94,18 @@ def sinusoids(length: int, width: int) -> Tensor:
 def reading_batch(texts: Sequence[str], renderer: Renderer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Pages of the texts, with what each patch shows."""
     pages = renderer.render(texts)
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return {
+        "pixel_values": pages.pixel_values,
+        "patch_mask": pages.patch_mask,
+        **patch_targets(texts, pages, encodings),
+    }
+
+
+def patch_targets(texts: Sequence[str], pages: Pages, encodings: Sequence[Any]) -> dict[str, Tensor]:
+    """What each patch shows: ``characters`` and ``words`` as ``TowerReading.forward`` takes them."""
     characters = np.full((*pages.patch_mask.shape, CHARACTERS), _NONE, np.int64)
     words = np.zeros((*pages.patch_mask.shape, 2), np.int64)
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     for page, (text_id, spans) in enumerate(zip(pages.text_ids.tolist(), pages.char_spans.numpy(), strict=True)):
         text = texts[text_id]
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
@@ -109,12 +118,7 @@ def reading_batch(texts: Sequence[str], renderer: Renderer, tokenizer: Tokenizer
         left, right = _piece_of_character(encodings[text_id], len(codes))
         words[page, :, 0] = left[spans[:, 0].clip(max=len(codes) - 1)]
         words[page, :, 1] = right[(spans[:, 1] - 1).clip(0, len(codes) - 1)]
-    return {
-        "pixel_values": pages.pixel_values,
-        "patch_mask": pages.patch_mask,
-        "characters": torch.from_numpy(characters),
-        "words": torch.from_numpy(words),
-    }
+    return {"characters": torch.from_numpy(characters), "words": torch.from_numpy(words)}
 
 
 def _piece_of_character(encoding: Any, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from vist_rag.compression import VisualMemory
+from vist_rag.compression.memory import keep
 from vist_rag.errors import ConfigError, ShapeError
 
 
@@ -11,22 +14,33 @@ def memory(*latents: float) -> VisualMemory:
     return VisualMemory(torch.tensor([[value, -value] for value in latents]), "abc")
 
 
-def test_coarsen_averages_neighbours() -> None:
+def test_coarsen_keeps_latents_whole_and_in_order() -> None:
     coarse = memory(1, 3, 10, 20, 5, 7).coarsen(3)
-    assert coarse.latents.tolist() == [[2, -2], [15, -15], [6, -6]]
+    assert coarse.latents.tolist() == [[3, -3], [20, -20], [7, -7]]
     assert coarse.fingerprint == "abc"
 
 
-def test_coarsen_leaves_most_latents_whole_where_few_have_to_go() -> None:
-    assert memory(3.0, 6, 9, 12, 15).coarsen(4).latents[:, 0].tolist() == [4.5, 9, 12, 15]
-    # No latent counts twice: groups of three and two.
-    assert memory(3.0, 6, 9, 12, 15).coarsen(2).latents[:, 0].tolist() == [6, 13.5]
+def test_coarsen_spreads_what_it_leaves_out() -> None:
+    for n in range(1, 40):
+        for size in range(1, n + 1):
+            kept = keep(n, size).tolist()
+            gaps = [b - a for a, b in itertools.pairwise([-1, *kept, n])]
+            assert len(kept) == size
+            assert min(gaps) >= 1
+            assert max(gaps) <= -(-n // size) + 1
 
 
-def test_coarsen_to_one_is_the_mean_and_keeps_the_dtype() -> None:
+def test_coarsen_keeps_what_matters_most_in_reading_order() -> None:
+    ranked = VisualMemory(torch.arange(5.0)[:, None], "abc", torch.tensor([0.1, 3.0, 0.2, 2.0, 0.2]))
+    assert ranked.coarsen(2).latents.flatten().tolist() == [1, 3]
+    assert ranked.coarsen(3).latents.flatten().tolist() == [1, 2, 3]  # of equals the first
+    assert ranked.coarsen(3).coarsen(2).latents.flatten().tolist() == [1, 3]
+
+
+def test_coarsen_keeps_the_dtype() -> None:
     half = VisualMemory(torch.tensor([[1.0], [2.0], [6.0]], dtype=torch.float16), "abc")
     assert half.coarsen(1).latents.dtype == torch.float16
-    assert half.coarsen(1).latents.tolist() == [[3.0]]
+    assert half.coarsen(1).latents.tolist() == [[2.0]]
 
 
 def test_coarsen_leaves_what_is_small_enough() -> None:

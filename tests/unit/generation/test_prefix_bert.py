@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.support.tiny import tiny_generator
-from vist_rag.generation.prefix_bert import SLOTS, CopyAttention, PrefixBertConfig, PrefixBertForCausalLM, turn
+from vist_rag.generation.prefix_bert import SLOTS, CopyAttention, PrefixBertConfig, PrefixBertForCausalLM, ranks
 
 
 @pytest.fixture(scope="module")
@@ -145,13 +145,8 @@ def test_a_pointer_follows_the_words_within_a_latent_and_on_to_the_next() -> Non
     assert places.argmax(-1).tolist() == [1, 2, 2 * SLOTS, 2 * SLOTS + 1]
 
 
-def test_turning_is_a_rotation_and_can_be_taken_back() -> None:
-    for slot in range(SLOTS):
-        turned = turn(WORDS, slot)
-        assert torch.allclose(turned.norm(dim=-1), WORDS.norm(dim=-1), atol=1e-5)
-        assert torch.allclose(turn(turned, slot, back=True), WORDS, atol=1e-5)
-        cosines = (turned * WORDS).sum(-1)
-        assert torch.allclose(cosines, torch.full_like(cosines, 1.0 if slot == 0 else 0.5), atol=1e-5)
+def test_words_of_a_position_are_counted_in_the_order_of_the_text() -> None:
+    assert ranks(torch.tensor([3, 3, 0, 3, 0, 7])).tolist() == [0, 1, 0, 2, 1, 0]
 
 
 def test_what_is_in_the_answer_is_hardly_copied_again() -> None:

@@ -10,11 +10,8 @@ from torch import Tensor
 from tests.support.tiny import tiny_compressor, tiny_generator, tiny_tokenizer
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import VistGenerator
-from vist_rag.generation.prefix_bert import SLOTS, turn
-from vist_rag.training.lexical import Alternating, LexicalAlignment, WordSalad, hold, level, lexical_batch, slots_of
-from vist_rag.training.reading import Example, MemoryReading
+from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, pack, piece_salience, window_salience
 from vist_rag.training.tower import TowerReading
-from vist_rag.types import Passage
 
 TEXTS = ["The old bridge was built in 1867", "the river runs from a lake to the sea", "marie curie"]
 
@@ -45,23 +42,39 @@ def test_each_piece_belongs_to_the_latent_whose_window_shows_its_middle() -> Non
     assert checked == sum(len(e.ids) for e in tokenizer.encode_batch(TEXTS, add_special_tokens=False))
 
 
-def test_pieces_have_slots_in_the_order_of_the_text() -> None:
-    assert slots_of(torch.tensor([3, 3, 0, 3, 0, 7])).tolist() == [0, 1, 0, 2, 1, 0]
-    assert slots_of(torch.zeros(SLOTS + 2, dtype=torch.long)).tolist() == [*range(SLOTS), SLOTS - 1, SLOTS - 1]
+def test_a_window_means_the_mean_of_its_pieces() -> None:
+    words = torch.randn(100, 8) + 0.3
+    centre, places, written = words.mean(0), torch.tensor([0, 0, 0, 2]), torch.tensor([5, 77, 5, 4])
+    packed = pack(words[written], places, 3, centre)
+    torch.testing.assert_close(packed, torch.stack((words[[5, 77, 5]].mean(0), centre, words[4])))
 
 
-def test_a_held_window_tells_its_words_and_their_order() -> None:
-    torch.manual_seed(0)
-    words = level(torch.randn(1000, 384) + 0.3)
-    centre, places = words.mean(0), torch.tensor([0, 0, 0, 2, 2, 2, 2])
-    written = torch.tensor([5, 77, 912, 4, 8, 4, 300])
-    held = hold(words[written], places, 3, centre)
-    assert torch.allclose(held[1], centre)
-    read = []
-    for place, slot in zip(places.tolist(), slots_of(places).tolist(), strict=True):
-        turned = turn(held[place] - centre, slot, back=True)
-        read.append(int(((words - centre) @ turned).argmax()))
-    assert read == written.tolist()
+def test_rare_pieces_matter_more_and_windows_as_much_as_their_pieces() -> None:
+    tokenizer = tiny_tokenizer().backend_tokenizer
+    salience = piece_salience(tokenizer, ["the river the lake", "the the the sea"] * 20)
+    the, sea, bridge = (tokenizer.token_to_id(word) for word in ("the", "sea", "bridge"))
+    assert 0 <= salience[the] < salience[sea] < salience[bridge] == 1
+    matter = window_salience(torch.tensor([the, sea, bridge]), torch.tensor([0, 2, 2]), 3, salience)
+    torch.testing.assert_close(matter, torch.stack((salience[the], torch.tensor(0.0), salience[sea] + 1)))
+
+
+def test_latents_learn_how_much_they_matter() -> None:
+    compressor, generator, words = parts()
+    compressor = tiny_compressor(salience=True)
+    generator.fusion = tiny_generator(memory_width=compressor.resampler_config.memory_width).fusion
+    tokenizer = generator.tokenizer.backend_tokenizer
+    model = LexicalAlignment(compressor, generator.fusion, words, salience=piece_salience(tokenizer, TEXTS))
+    batch = lexical_batch(TEXTS, compressor, tokenizer)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        figures = model(**batch)
+        figures["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert figures["salience_error"] < 0.1
+    memory = compressor.encode(["the old bridge was built in 1867"])[0]
+    assert memory.salience is not None
+    assert memory.coarsen(1).salience == memory.salience.max()
 
 
 @pytest.mark.parametrize("with_heads", [False, True])
@@ -87,19 +100,6 @@ def test_latents_learn_the_words_of_their_window(with_heads: bool) -> None:
     changed = any(not torch.equal(v, tower[k]) for k, v in compressor.tower.state_dict().items())
     assert changed == with_heads
     assert torch.equal(words, tiny_generator().model.get_input_embeddings().weight)
-
-
-def test_only_lexical_batches_teach_the_tower() -> None:
-    compressor, generator, words = parts()
-    reading = MemoryReading(compressor, generator)
-    model = Alternating(reading, LexicalAlignment(compressor, generator.fusion, words))
-    example = Example((Passage(TEXTS[0]),), "When was the bridge built?", "1867", raw=False)
-    tower = next(compressor.tower.parameters())
-    model(**reading.batch([example], random.Random(0)))["loss"].backward()
-    assert tower.grad is None
-    model(**lexical_batch(TEXTS, compressor, generator.tokenizer.backend_tokenizer))["loss"].backward()
-    assert tower.grad is not None
-    assert tower.grad.abs().sum() > 0
 
 
 def test_the_spelling_that_is_taught_is_the_text() -> None:

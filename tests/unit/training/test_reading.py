@@ -10,9 +10,9 @@ from torch.nn import functional as F  # noqa: N812
 from tests.support.causal import causal_generator
 from tests.support.tiny import tiny_compressor
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
+from vist_rag.generation.fusion.soft_prompt import itself
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.training.data import Question
-from vist_rag.training.lexical import slots_of
 from vist_rag.training.reading import (
     CONTINUE,
     RECONSTRUCT,
@@ -20,6 +20,7 @@ from vist_rag.training.reading import (
     MemoryReading,
     answer_example,
     continue_example,
+    misspell,
     reconstruct_example,
     window,
 )
@@ -126,9 +127,6 @@ def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
     losses, correct, count = 0.0, 0, 0
     table = generator.model.get_input_embeddings()
     batch = model.batch(EXAMPLES, random.Random(0))
-    texts = iter(batch["windows"])
-    # Training shows what a memory that spells without a slip would.
-    generator.fusion.shown = lambda _, latents: model._shown(next(texts), len(latents))  # type: ignore[method-assign]
     for example in EXAMPLES:
         memories = compressor.encode([p.content for p in example.passages]) if not example.raw else []
         raw = [p for p in example.passages if example.raw]
@@ -137,12 +135,12 @@ def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
         target = torch.cat(
             (generator.tokenize(" " + example.target), generator.ids([generator.tokenizer.eos_token_id]))
         )
-        prompt_embeds = generator.fusion.embed(generator, prompt)
+        prompt_embeds, prompt_shown = generator.fusion.embed(generator, prompt)
         embeds = torch.cat((prompt_embeds, table(target)))[None]
         prefix = (torch.arange(embeds.shape[1]) < len(prompt_embeds))[None]
         extra = {}
         if isinstance(generator.model, PrefixBertForCausalLM):
-            shown = F.pad(generator.fusion.shown_by(generator, prompt), (0, 0, 0, len(target)), value=-1)
+            shown = F.pad(prompt_shown, (0, 0, 0, len(target)), value=-1)
             extra = {"prefix_mask": prefix, "shown": shown[None]}
         logits = generator.model(inputs_embeds=embeds, **extra).logits[0, len(prompt_embeds) - 1 : -1]
         losses += float(F.cross_entropy(logits, target, reduction="sum"))
@@ -153,58 +151,109 @@ def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
     assert float(out["token_accuracy"]) == pytest.approx(correct / count, abs=1e-6)
 
 
+def gold_of(model: MemoryReading, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places to point at for the one prompt of a batch of ideal memory, and what each position shows."""
+    memories = [model._ideal_memory(*pair) for pair in zip(batch["spelt"] or [], batch["kept"], strict=True)]
+    (row,), (target,) = batch["segments"], batch["targets"]
+    prompt = [memories[part][0] if isinstance(part, int) else part for part in row]
+    shown = torch.cat([memories[part][1] if isinstance(part, int) else itself(part) for part in row])
+    shown = model._all_shown([shown], [target])
+    gold = model._gold([prompt], [row], [target], batch["pointers"], batch["windows"], batch["kept"], shown)
+    return gold[0], shown[0].flatten()
+
+
 def test_text_that_is_to_be_written_is_pointed_at() -> None:
-    model = model_of()
     example = Example((Passage("a lake"), Passage("to the sea and back to the sea")), "where", "to the sea", raw=True)
-    batch = model.batch([example], random.Random(0))
-    ids = torch.cat(batch["segments"][0])
-    gold = model._gold(
-        [batch["segments"][0]], batch["segments"], batch["targets"], batch["pointers"], [], (4, len(ids) + 4)
-    )
-    written = batch["targets"][0].tolist()
-    assert gold[0].sum(1).tolist() == [2, 2, 2, 1]  # both times that it occurs
-    assert gold[0, 3].nonzero().tolist() == [[(len(ids) + 4) * SLOTS]]  # the end of the answer has a place of its own
-    for token, places in zip(written[:3], gold[0], strict=False):
-        at = places.nonzero().flatten()
-        assert (at % SLOTS == 0).all()  # text has one word a position
-        assert {int(ids[place]) for place in at // SLOTS} == {token}
+    batch = model_of(ideal=1.0).batch([example], random.Random(0))
+    gold, shown = gold_of(model_of(), batch)
+    assert gold.sum(1).tolist() == [2, 2, 2, 1]  # both times that it occurs
+    assert gold[3].nonzero().tolist() == [[len(shown)]]  # the end of the answer has a place of its own
+    for token, places in zip(batch["targets"][0].tolist()[:3], gold, strict=False):
+        assert set(shown[places[:-1]].tolist()) == {token}
 
 
-@pytest.mark.parametrize("size", [None, 9])
-def test_latents_that_show_what_is_to_be_written_are_pointed_at(size: int | None) -> None:
-    model = model_of()
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_latents_that_show_what_is_to_be_written_are_pointed_at(rate: float) -> None:
+    model = model_of(ideal=1.0, rates={rate: 1.0})
     text = "the lake " * 12 + "in 1867 " + "the sea " * 12
     batch = model.batch([Example((Passage(text),), "when", "in 1867", raw=False)], random.Random(0))
-    latents = model.compressor.count_latents(text)
-    memory = torch.zeros(2 + (size or latents), 32)
-    prompt = [memory if isinstance(part, int) else part for part in batch["segments"][0]]
-    targets = batch["targets"]
-    length = sum(map(len, prompt)) + len(targets[0])
-    gold = model._gold(
-        [prompt], batch["segments"], targets, batch["pointers"], batch["windows"], (len(targets[0]), length)
+    gold, shown = gold_of(model, batch)
+    ((pieces, windows, count),), (kept,) = batch["windows"], batch["kept"]
+    assert len(kept) == round(rate * count)
+    for token, places in zip(batch["targets"][0][:-1].tolist(), gold, strict=False):
+        (where,) = (pieces == token).nonzero().flatten().tolist()
+        assert shown[places[:-1]].tolist() == [token] * int(windows[where] in kept)  # what is left out shows nothing
+
+
+def test_what_is_spelt_wrong_is_not_pointed_at() -> None:
+    model = model_of(ideal=1.0, slips=1.0)
+    batch = model.batch([Example((Passage("in 1867 the lake"),), "when", "in 1867", raw=False)], random.Random(0))
+    gold, _ = gold_of(model, batch)
+    assert not gold[:-1].any()
+    assert gold[-1, -1]
+
+
+def test_slips_change_letters_and_digits_only() -> None:
+    text = "In 1867, the old bridge - why? - was built. " * 50
+    assert misspell(text, 0.0, random.Random(0)) == text
+    slipped = misspell(text, 0.1, random.Random(0))
+    changed = [a for a, b in zip(text, slipped, strict=True) if a != b]
+    assert all(a.isalnum() for a in changed)
+    assert 0.08 < len(changed) / sum(a.isalnum() for a in text) < 0.12
+
+
+@torch.no_grad()
+def test_memory_is_taught_the_states_of_the_raw_text() -> None:
+    model = model_of(distil=1.0, ideal=1.0)
+    model.teach_itself()
+    batch = model.batch(EXAMPLES[:1], random.Random(0))
+    row, (target,), ((pieces, latents, count),) = batch["segments"][0], batch["targets"], batch["windows"]
+    prompt = [torch.zeros(count + 2, 32) if isinstance(part, int) else part for part in row]
+    length = sum(map(len, prompt)) + len(target)
+    states, logits = model._taught(
+        [prompt], [row], [target], [(pieces, latents, count)], batch["kept"], len(target) + 1, length
     )
-    memory_at = next(i for i, part in enumerate(batch["segments"][0]) if isinstance(part, int))
-    before = sum(len(part) for part in prompt[:memory_at]) + 1
-    # What each place shows, from the pieces of the windows.
-    pieces, windows, count = batch["windows"][0]
-    assert count == latents
-    for token, row in zip(targets[0][:-1].tolist(), gold[0], strict=False):
-        (place,) = row.nonzero().flatten().tolist()
-        group, slot = place // SLOTS - before, place % SLOTS
-        inside = [i for i, window in enumerate(windows.tolist()) if window * (len(memory) - 2) // count == group]
-        slots = slots_of(windows)
-        assert token in [int(pieces[i]) for i in inside if int(slots[i]) == slot]
+    raw = [pieces if isinstance(part, int) else part for part in row]
+    ids = torch.cat((*raw, target))[None]
+    prefix = torch.arange(ids.shape[1])[None] < ids.shape[1] - len(target)
+    shown = F.pad(itself(ids[0, : -len(target)]), (0, 0, 0, len(target)), value=-1)[None]
+    expected = model.lm(input_ids=ids, prefix_mask=prefix, shown=shown, output_hidden_states=True)
+    torch.testing.assert_close(logits[0], expected.logits[0, -len(target) - 1 : -1])
+    memory_at = next(i for i, part in enumerate(row) if isinstance(part, int))
+    before = sum(map(len, raw[:memory_at]))
+    for (state, there), layer in zip(states, expected.hidden_states[1:], strict=True):
+        torch.testing.assert_close(state[0, :before], layer[0, :before])
+        tail = length - before - count - 2
+        torch.testing.assert_close(state[0, -tail:], layer[0, -tail:])
+        assert not there[0, [before, before + count + 1]].any()  # the boundaries may be as they like
+        for latent in range(count):
+            own = layer[0, before : before + len(pieces)][latents == latent]
+            assert bool(there[0, before + 1 + latent]) == (len(own) > 0)
+            if len(own):
+                torch.testing.assert_close(state[0, before + 1 + latent], own.mean(0))
+
+
+def test_a_generator_comes_nearer_to_its_teacher() -> None:
+    model = model_of(distil=5.0, ideal=1.0)
+    model.teach_itself()
+    first = model(**model.batch(EXAMPLES[:2], random.Random(0)))
+    optimizer = torch.optim.AdamW(model.lm.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        out = model(**model.batch(EXAMPLES[:2], random.Random(0)))
+        out["loss"].backward()
+        optimizer.step()
+    assert out["apart"] < 0.7 * first["apart"]
 
 
 def test_coarser_memory_is_practised_as_it_will_be_used() -> None:
     model = model_of(rates={0.25: 1.0})
     batch = model.batch(EXAMPLES[:1], random.Random(0))
-    assert batch["rates"] == [0.25]
     with torch.no_grad():
-        (prompt,) = model._memories(*(batch[name] for name in ("pixel_values", "patch_mask", "text_ids", "rates")))
+        ((prompt, _),) = model._memories(*(batch[name] for name in ("pixel_values", "patch_mask", "text_ids", "kept")))
     memory = model.compressor.encode([EXAMPLES[0].passages[0].content])[0]
     coarse = memory.coarsen(round(len(memory) / 4))
-    torch.testing.assert_close(prompt, model.fusion.project(coarse.latents), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prompt, model.fusion.read(causal_generator("prefix_bert", seed=1), coarse.latents)[0])
 
 
 def test_gradients_reach_resampler_fusion_and_generator() -> None:

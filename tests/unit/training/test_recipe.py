@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
-from tests.support.tiny import TOWER, tiny_tokenizer
+from tests.support.tiny import BERT_SIZES, TOWER, tiny_tokenizer
 from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import load_compressor, read_settings
@@ -28,15 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base")
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=512,
-    )
-    BertModel(config).save_pretrained(directory)
+    BertModel(BertConfig(vocab_size=len(tokenizer), **BERT_SIZES)).save_pretrained(directory)
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
     return directory
 
@@ -63,7 +55,7 @@ def recipe(base: Path) -> dict[str, Any]:
     return {
         "seed": 0,
         "tower": TOWER,
-        "resampler": {"width": 16, "heads": 2, "layers": 1, "tower_layers": [1, -1]},
+        "resampler": {"width": 16, "heads": 2, "layers": 1, "tower_layers": [1, -1], "salience": True},
         "generator": {"base": str(base), "vocabulary": 70, "projector_width": 32},
         "data": {"text": ["texts.jsonl"], "questions": {"questions.jsonl": 1.0}},
         "stages": [
@@ -78,8 +70,9 @@ def recipe(base: Path) -> dict[str, Any]:
                 "reading": True,
                 "salad": 0.5,
             },
-            reading | {"name": "ideal", "ideal": True},
-            reading | {"name": "answer", "lexical_share": 0.5, "patches": 100},
+            reading | {"name": "text", "raw": 1.0},
+            reading | {"name": "ideal", "ideal": 1.0, "slips": 0.1, "distil": 1.0},
+            reading | {"name": "answer", "distil": 1.0, "train_compressor": False},
         ],
         "settings": {"max_new_tokens": 4, "budget": {"k_raw": 0, "k_memory": 1, "latents": 8}},
     }
@@ -95,7 +88,7 @@ def weights(model: Path) -> dict[str, torch.Tensor]:
 
 def test_a_recipe_makes_a_checkpoint_that_answers_and_is_not_run_twice(base: Path, data: Path, tmp_path: Path) -> None:
     model = RecipeRun(recipe(base), data, tmp_path).run()
-    for stage in ("tower", "lexical", "ideal", "answer"):
+    for stage in ("tower", "lexical", "text", "ideal", "answer"):
         rows = [json.loads(line) for line in (tmp_path / stage / "log.jsonl").read_text().splitlines()]
         assert rows[-1]["step"] == 2
         assert rows[-1]["loss"] > 0

@@ -119,11 +119,35 @@ class SoftPromptFusion(nn.Module):
                 "use the compressor that this fusion was trained for."
             )
 
-    def project(self, latents: Tensor) -> Tensor:
-        """Latents of one memory ``[n, d]`` -> soft prompt ``[n + 2, d_llm]``, boundaries included."""
+    def read(self, generator: VistGenerator, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """What the generator is given of one memory ``[n, d]``, boundaries included.
+
+        Returns:
+            The soft prompt, float ``[n + 2, d_llm]``, and the tokens that each of its positions spells, int64
+            ``[n + 2, SLOTS]``, -1 for none.
+        """
         latents = latents.to(self.boundaries.device, self.boundaries.dtype)
-        begin, end = self.boundaries[:1], self.boundaries[1:]
-        return torch.cat((begin, self.meaning(latents), end))
+        shown = self.shown(generator, latents)
+        words = cast(Tensor, generator.model.get_input_embeddings().weight)
+        return self.join(self.meaning(latents), shown, words), self.between(shown)
+
+    def join(self, meaning: Tensor, shown: Tensor, words: Tensor) -> Tensor:
+        """Meaning ``[n, d_llm]`` and spelling as one soft prompt between its boundaries, ``[n + 2, d_llm]``.
+
+        Args:
+            meaning: What the projector makes of the latents, float ``[n, d_llm]``.
+            shown: Tokens that each latent spells, int64 ``[n, SLOTS]``, -1 for none.
+            words: The generator's embeddings, float ``[v, d_llm]``.
+        """
+        if self.speller is not None:
+            there = (shown >= 0)[..., None]
+            named = ((words[shown.clamp(min=0)] - words.mean(0)) * there).sum(1)
+            meaning = meaning + named / there.sum(1).clamp(min=1)
+        return torch.cat((self.boundaries[:1], meaning, self.boundaries[1:]))
+
+    def between(self, shown: Tensor) -> Tensor:
+        """Tokens that latents spell, int64 ``[n, SLOTS]``, with those of the boundaries, which spell nothing."""
+        return F.pad(shown, (0, 0, len(self.boundaries[:1]), len(self.boundaries[1:])), value=-1)
 
     def meaning(self, latents: Tensor) -> Tensor:
         """What the generator reads of latents: float ``[..., d]`` -> ``[..., d_llm]``."""
@@ -152,9 +176,9 @@ class SoftPromptFusion(nn.Module):
         return ["".join(CHARACTERS[c] for c in row if c < len(CHARACTERS)) for row in classes.tolist()]
 
     def shown(self, generator: VistGenerator, latents: Tensor) -> Tensor:
-        """Tokens that each latent of a memory spells, boundaries included: int64 ``[n + 2, SLOTS]``, -1 for none."""
+        """Tokens that each latent of a memory ``[n, d]`` spells: int64 ``[n, SLOTS]``, -1 for none."""
         if self.speller is None:
-            return torch.full((len(latents) + self.boundary_tokens, SLOTS), -1)
+            return torch.full((len(latents), SLOTS), -1, device=latents.device)
         spelt = self.spell(latents)
         ends = list(accumulate(map(len, spelt)))
         encoded = generator.tokenizer(
@@ -162,8 +186,7 @@ class SoftPromptFusion(nn.Module):
         )
         middles = [(start + end - 1) // 2 for start, end in encoded.offset_mapping]
         latent = torch.tensor([bisect_right(ends, middle) for middle in middles], dtype=torch.long)
-        shown = show(torch.tensor(encoded.input_ids, dtype=torch.long), latent, len(spelt))
-        return F.pad(shown, (0, 0, 1, 1), value=-1).to(latents.device)
+        return show(torch.tensor(encoded.input_ids, dtype=torch.long), latent, len(spelt)).to(latents.device)
 
     @contextmanager
     def condition(self, generator: VistGenerator, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
@@ -171,7 +194,8 @@ class SoftPromptFusion(nn.Module):
 
         Leaves no state anywhere, so there is nothing to clean up after an exception.
         """
-        rows = [self.embed(generator, prompt) for prompt in prompts]
+        read = [self.embed(generator, prompt) for prompt in prompts]
+        rows, tokens = [embeds for embeds, _ in read], [shown for _, shown in read]
         # Left padding, so that every prompt ends where its answer begins.
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
         lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
@@ -179,35 +203,25 @@ class SoftPromptFusion(nn.Module):
         mask = (places >= embeds.shape[1] - lengths[:, None]).long()
         inputs = {"inputs_embeds": embeds, "attention_mask": mask}
         if "shown" in signature(generator.model.forward).parameters:  # a model that copies
-            tokens = [self.shown_by(generator, prompt) for prompt in prompts]
             inputs["shown"] = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side="left")
         yield inputs
 
-    def shown_by(self, generator: VistGenerator, prompt: Prompt) -> Tensor:
-        """Tokens that each position of a prompt shows: text its own, memory what it spells; int64 ``[t, SLOTS]``."""
-        before, after = generator.frame
-        parts = [itself(generator.ids(before))]
-        for segment in prompt.segments:
-            if isinstance(segment, TextSegment):
-                parts.append(itself(generator.tokenize(segment.text)))
-            else:
-                parts.append(self.shown(generator, segment.memory.latents))
-        parts.append(itself(generator.ids(after)))
-        return torch.cat([part.to(self.boundaries.device) for part in parts])
-
-    def embed(self, generator: VistGenerator, prompt: Prompt) -> Tensor:
-        """One prompt as embeddings, ``[t, d_llm]``."""
+    def embed(self, generator: VistGenerator, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """One prompt as embeddings, float ``[t, d_llm]``, and the tokens that each position shows, ``[t, SLOTS]``."""
         table = generator.model.get_input_embeddings()
         before, after = generator.frame
-        parts = [table(generator.ids(before))]
-        for segment in prompt.segments:
-            if isinstance(segment, TextSegment):
-                parts.append(table(generator.tokenize(segment.text)))
+        parts: list[Tensor | VisualMemory] = [generator.ids(before)]
+        parts += [generator.tokenize(s.text) if isinstance(s, TextSegment) else s.memory for s in prompt.segments]
+        embeds, shown = [], []
+        for part in (*parts, generator.ids(after)):
+            if isinstance(part, VisualMemory):
+                self.check(part)
+                embedded, tokens = self.read(generator, part.latents)
             else:
-                self.check(segment.memory)
-                parts.append(self.project(segment.memory.latents).to(parts[0].dtype))
-        parts.append(table(generator.ids(after)))
-        return torch.cat(parts)
+                embedded, tokens = table(part), itself(part)
+            embeds.append(embedded.to(table.weight.dtype))
+            shown.append(tokens)
+        return torch.cat(embeds), torch.cat(shown)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
