@@ -2,8 +2,8 @@
 
     python benchmarks/elastic.py --json
 
-Answers the development questions of the demo corpus from their own passages at several sizes, all three ways, in one run.
-The embedded model was trained on memories that keep what matters most, which favours the first.
+Answers the development questions of the demo corpus from their own passages at several sizes, all three ways, in one
+run. The embedded model was trained on memories that keep some of their latents, so the last way is at a disadvantage.
 """
 
 from __future__ import annotations

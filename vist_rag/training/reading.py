@@ -263,10 +263,10 @@ class MemoryReading(nn.Module):
             extra["shown"] = self._all_shown(shown, targets)
         labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100)
         # Rows end together, so the targets are the last columns: no logits are computed for the prompt.
-        keep = labels.shape[1] + 1
+        last = labels.shape[1] + 1
         distil = self.distil > 0 and bool(memories)
         output = self.lm(
-            inputs_embeds=embeds, use_cache=False, logits_to_keep=keep, output_hidden_states=distil, **extra
+            inputs_embeds=embeds, use_cache=False, logits_to_keep=last, output_hidden_states=distil, **extra
         )
         logits = output.logits[:, :-1]
         told = labels != -100
@@ -279,7 +279,7 @@ class MemoryReading(nn.Module):
                 loss = loss - pointed.clamp(min=1e-6).log().mean()
                 figures["pointed"] = pointed.mean().detach()
         if distil:
-            states, taught = self._taught(prompts, segments, targets, windows, kept, keep, len(embeds[0]))
+            states, taught = self._taught(prompts, segments, targets, windows, kept, last, len(embeds[0]))
             believed = F.kl_div(
                 logits[told].log_softmax(-1), taught[told].log_softmax(-1), reduction="batchmean", log_target=True
             )
@@ -317,7 +317,7 @@ class MemoryReading(nn.Module):
         targets: Sequence[Tensor],
         windows: Sequence[Window],
         kept: Sequence[Tensor],
-        keep: int,
+        last: int,
         length: int,
     ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """What the generator of the beginning makes of the same prompts with raw text in the place of memory.
@@ -352,7 +352,7 @@ class MemoryReading(nn.Module):
         output = self._teacher[0].to(device)(
             inputs_embeds=self.lm.get_input_embeddings()(pad_sequence(rows, batch_first=True, padding_side="left")),
             use_cache=False,
-            logits_to_keep=keep,
+            logits_to_keep=last,
             output_hidden_states=True,
             **frame,
         )
