@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, load_model
-from tokenizers import Tokenizer, processors
+from tokenizers import Regex, Tokenizer, decoders, processors
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -347,6 +347,21 @@ def _plain(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def written_decoder() -> decoders.Decoder:
+    """Tokens to text as people write it: BERT's tokens stand apart at every hyphen, apostrophe and comma."""
+    spaced = {
+        r"(?<=\w) - (?=\w)": "-",
+        r"(?<=\w) / (?=\w)": "/",
+        r"(?<=\w) ' (?=\w)": "'",
+        r"(?<=\b\d|\b\d\d|\b\d\d\d), (?=\d\d\d\b)": ",",
+        r"(?<=\d)\. (?=\d)": ".",
+        r"(?<=\d) %": "%",
+        r"(?<=[(\[]) | (?=[)\]])": "",
+    }
+    written = [decoders.Replace(Regex(pattern), content) for pattern, content in spaced.items()]
+    return decoders.Sequence([decoders.WordPiece(), decoders.Fuse(), *written])
+
+
 def _generator(base: Path, tokenizer: Tokenizer, old_ids: list[int], fusion_config: FusionConfig) -> VistGenerator:
     """A generator whose layers come from a BERT-like encoder, with the pruned vocabulary."""
     fields = json.loads((base / "config.json").read_text())
@@ -379,6 +394,7 @@ def _generator(base: Path, tokenizer: Tokenizer, old_ids: list[int], fusion_conf
     with torch.no_grad():
         # The head starts as the identity: a state is compared with the word embeddings as it is.
         model.cls.predictions.transform.dense.weight.copy_(torch.eye(config.hidden_size))
+    tokenizer.decoder = written_decoder()
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", begin)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -15,7 +15,7 @@ from tests.support.tiny import BERT_SIZES, TOWER, tiny_tokenizer
 from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import load_compressor, read_settings
-from vist_rag.training.recipe import RecipeRun, load_recipe
+from vist_rag.training.recipe import RecipeRun, load_recipe, written_decoder
 
 pytest.importorskip("accelerate", reason="training needs the extra 'train'")
 
@@ -106,6 +106,20 @@ def test_a_recipe_makes_a_checkpoint_that_answers_and_is_not_run_twice(base: Pat
     after = weights(again)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        ("thirty - eight", "thirty-eight"),
+        ("st mary ' s hospital", "st mary's hospital"),
+        ("6 , 400 men , 3 . 5 % of them .", "6,400 men, 3.5% of them."),
+        ("on may 5 , 1867 , 200 men ( or more )", "on may 5, 1867, 200 men (or more)"),
+        ("ko ##sm ##o and / or him", "kosmo and/or him"),
+    ],
+)
+def test_answers_are_written_as_people_write(tokens: str, text: str) -> None:
+    assert written_decoder().decode(tokens.split()) == text
 
 
 def test_weights_of_another_recipe_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
