@@ -51,7 +51,7 @@ _CONDITIONS = {
 
 @command
 def demo(
-    questions: Annotated[int, typer.Option(metavar="N", help="How many of the development questions are asked.")] = 6,
+    questions: Annotated[int, typer.Option(metavar="N", help="How many of the development questions are asked.")] = 12,
     index: Annotated[
         Path | None,
         typer.Option("--index", metavar="DIR", help="Keep the index here.", show_default="a temporary directory"),
