@@ -6,7 +6,8 @@ Speed: the passages of the demo corpus, drawn by the renderer (text to normalise
 by Pillow (``ImageDraw.text`` with basic layout on the same strips, already broken into pages, then scaled, normalised
 and folded by numpy), in alternating rounds of one run. Pixels: every glyph of the embedded atlas, and every page,
 against what Pillow draws with the fonts that the atlas was built from: Noto Sans, Noto Sans Math, Noto Sans Symbols
-(Debian: fonts-noto-core; and the extra ``fonts`` of this package). Without these fonts no pixels are compared, and Pillow's own font stands in for the speed.
+(Debian: fonts-noto-core). Without these fonts no pixels are compared, and Pillow's own font stands in for the speed.
+Needs the extra ``fonts``.
 """
 
 from __future__ import annotations
