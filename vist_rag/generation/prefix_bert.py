@@ -28,7 +28,7 @@ class PrefixBertConfig(BertConfig):
 
 
 SLOTS = 6
-"""Words that a position holds apart, in reading order. Further ones share the last slot, and cannot be copied."""
+"""Words that a position shows at most, in reading order; further ones cannot be copied."""
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
 _EXACT = 50.0  # of the cosine between a word and itself: all others are nothing beside it

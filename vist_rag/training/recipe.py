@@ -220,7 +220,8 @@ class RecipeRun:
         model = MemoryReading(compressor, generator, rates=rates, salience=self._salience(compressor), **shares)
         if before is not None:
             load_parts(model, before)
-        model.teach_itself()
+        if model.distil:
+            model.teach_itself()
         model.train()
         compressor.tower.requires_grad_(stage.get("train_tower", False))
         if not stage.get("train_compressor", True):
