@@ -133,7 +133,7 @@ class LexicalAlignment(nn.Module):
             figures["spelt"] = right[written].float().mean().detach()
             figures["blank"] = right[~written].float().mean().detach()
         ranked: Tensor | float = 0.0
-        if self.salience is not None and self.compressor.resampler_config.salience:
+        if self.salience is not None:
             goal = window_salience(pieces, place, len(prompt), self.salience)
             ranked = F.mse_loss(memory[standing][:, 0], goal)
             figures["salience_error"] = ranked.detach() / goal.var()
@@ -151,8 +151,10 @@ def piece_salience(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     piece that never occurs, and not below 0.
     """
     counts = torch.zeros(tokenizer.get_vocab_size())
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        counts += torch.bincount(torch.tensor(encoding.ids, dtype=torch.long), minlength=len(counts))
+    for begin in range(0, len(texts), 1000):
+        encodings = tokenizer.encode_batch(list(texts[begin : begin + 1000]), add_special_tokens=False)
+        ids = torch.tensor([piece for encoding in encodings for piece in encoding.ids], dtype=torch.long)
+        counts += torch.bincount(ids, minlength=len(counts))
     total = counts.sum().clamp(min=2)
     return (torch.log(total / (1 + counts)) / torch.log(total)).clamp(min=0)
 

@@ -6,8 +6,7 @@ import copy
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,72 +19,8 @@ from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import itself, show
 from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
 from vist_rag.rendering import Pages
-from vist_rag.training.data import Question, titled
+from vist_rag.training.examples import Example, misspell
 from vist_rag.training.lexical import pack, pieces_of_pages, window_salience
-from vist_rag.types import Passage
-
-Task = Literal["reconstruct", "continue", "answer"]
-RECONSTRUCT = "What does the document say?"
-CONTINUE = "What comes after: {cue}?"
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: what is shown (as memory or raw), what is asked, what is to be written."""
-
-    passages: tuple[Passage, ...]
-    question: str
-    target: str
-    raw: bool
-
-
-def reconstruct_example(passage: Passage, rng: random.Random, *, words: tuple[int, int], raw: bool = False) -> Example:
-    """Show a stretch of the passage; the whole of it is to be written back."""
-    text = window(titled(passage.title, passage.text), rng.randint(*words), rng)
-    return Example((Passage(text),), RECONSTRUCT, text, raw)
-
-
-def continue_example(passage: Passage, rng: random.Random, *, words: tuple[int, int], raw: bool = False) -> Example:
-    """Show a passage and a few words of it; the words after them are to be written."""
-    text = window(passage.text, rng.randint(*words), rng)
-    spelt = text.split()
-    cue, length = rng.randint(2, 5), rng.randint(2, 10)
-    at = rng.randint(0, max(0, len(spelt) - cue - length))
-    question = CONTINUE.format(cue=" ".join(spelt[at : at + cue]))
-    target = " ".join(spelt[at + cue : at + cue + length]) or spelt[-1]
-    return Example((Passage(text, title=passage.title),), question, target, raw)
-
-
-def answer_example(
-    row: Question, rng: random.Random, *, words: tuple[int, int], others: Sequence[Passage] = (), raw: bool = False
-) -> Example:
-    """Show the passage of a question, among others where given; the answer is to be written."""
-    lowered = row.context.lower()
-    answer = next((a for a in row.answers if a.lower() in lowered), row.answers[0])
-    text = window(row.context, rng.randint(*words), rng, keep=answer)
-    shown = [Passage(text, title=row.title), *others]
-    rng.shuffle(shown)
-    return Example(tuple(shown), row.question, answer, raw)
-
-
-def window(text: str, words: int, rng: random.Random, *, keep: str = "") -> str:
-    """About ``words`` consecutive words of the text, from the start of a sentence where it fits, that hold ``keep``."""
-    spans = [m.span() for m in re.finditer(r"\S+", text)]
-    found = re.search(re.escape(keep.strip()), text, re.IGNORECASE) if keep.strip() else None
-    if found:
-        first = max(i for i, (start, _) in enumerate(spans) if start <= found.start())
-        last = max(i for i, (start, _) in enumerate(spans) if start < found.end())
-        words = max(words, last + 1 - first)
-    if len(spans) <= words:
-        return text
-    if found:
-        low, high = max(0, last + 1 - words), min(first, len(spans) - words)
-    else:
-        low, high = 0, len(spans) - words
-    starts = [i for i in range(low, max(low, high) + 1) if i == 0 or text[spans[i - 1][1] - 1] in ".!?"]
-    begin = rng.choice(starts) if starts else rng.randint(low, max(low, high))
-    return text[spans[begin][0] : spans[min(len(spans), begin + words) - 1][1]]
-
 
 Window = tuple[Tensor, Tensor, int]
 """Word pieces of a text, the latent that shows each (int64 ``[m]`` twice), and how many latents there are."""
@@ -335,9 +270,9 @@ class MemoryReading(nn.Module):
             for embedded, part in zip(prompt, row, strict=True):
                 if isinstance(part, int):
                     pieces, latents, n = windows[part]
-                    index = torch.full((n,), -1).scatter(0, kept[part], begin + 1 + torch.arange(len(kept[part])))
+                    order = order_among(kept[part], n)[latents].to(device)
                     ids.append(pieces.to(device))
-                    places.append(index[latents].to(device))
+                    places.append(torch.where(order >= 0, begin + 1 + order, -1))
                 else:
                     ids.append(part)
                     places.append(begin + torch.arange(len(part), device=device))
@@ -393,8 +328,7 @@ class MemoryReading(nn.Module):
                 first, text = begin + sum(map(len, prompt[:part])), segments[i][part]
                 if isinstance(text, int):
                     _, latents, n = windows[text]
-                    index = torch.full((n,), -1).scatter(0, kept[text], 1 + torch.arange(len(kept[text])))
-                    at = index[latents[tokens]]
+                    at, first = order_among(kept[text], n)[latents[tokens]], first + 1  # the boundary comes first
                 else:
                     at = tokens
                 for occurrence in at.tolist():
@@ -428,7 +362,6 @@ class MemoryReading(nn.Module):
         return memories
 
 
-def misspell(text: str, share: float, rng: random.Random) -> str:
-    """The text with so many of its letters and digits, drawn by chance, replaced by others."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return "".join(rng.choice(letters) if c.isalnum() and rng.random() < share else c for c in text)
+def order_among(kept: Tensor, n: int) -> Tensor:
+    """Which of the kept latents each of ``n`` is: int64 ``[n]``, -1 for those that are left out."""
+    return torch.full((n,), -1).scatter(0, kept, torch.arange(len(kept)))

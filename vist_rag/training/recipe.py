@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -27,16 +27,10 @@ from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausa
 from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
 from vist_rag.training.data import LengthBatches, Question, expand, read_jsonl, read_questions, titled
+from vist_rag.training.examples import ExampleMix
 from vist_rag.training.export import save_checkpoint
 from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, piece_salience
-from vist_rag.training.reading import (
-    Example,
-    MemoryReading,
-    answer_example,
-    continue_example,
-    reconstruct_example,
-    window,
-)
+from vist_rag.training.reading import MemoryReading
 from vist_rag.training.tower import TowerReading, reading_batch
 from vist_rag.training.trainer import train_stage
 from vist_rag.training.vocabulary import prune_vocabulary
@@ -245,49 +239,6 @@ class RecipeRun:
             schedule=stage.get("schedule", "cosine"),
             pretrained_rate=stage.get("pretrained_rate", 1.0),
         )
-
-
-class ExampleMix:
-    """Draws the examples of one batch: one kind of task, windows of one length, so that little is padding.
-
-    Args:
-        stage: ``batch``, ``tasks`` (each with its ``weight`` and ``words``, the shortest and longest window), ``raw``
-            (share of batches that show text instead of memory), ``distractors`` (share of batches of questions that
-            show a second passage).
-        texts: Plain text.
-        questions: Questions with their passages.
-        weights: How often each question is drawn.
-    """
-
-    def __init__(
-        self, stage: dict[str, Any], texts: Sequence[Passage], questions: Sequence[Question], weights: Sequence[float]
-    ) -> None:
-        self.stage, self.texts, self.questions = stage, texts, questions
-        total, self._cumulative = 0.0, []
-        for weight in weights:
-            total += weight
-            self._cumulative.append(total)
-
-    def __call__(self, rng: random.Random) -> list[Example]:
-        """A batch of examples."""
-        stage = self.stage
-        task = rng.choices(list(stage["tasks"]), [task["weight"] for task in stage["tasks"].values()])[0]
-        raw = rng.random() < stage.get("raw", 0.0)
-        longest = rng.randint(*stage["tasks"][task]["words"])
-        words = (max(1, longest * 2 // 3), longest)
-        count = stage["batch"]
-        if task == "answer":
-            rows = rng.choices(self.questions, cum_weights=self._cumulative, k=count)
-            return [answer_example(row, rng, words=words, others=self._others(rng, longest), raw=raw) for row in rows]
-        make: Callable[..., Example] = {"reconstruct": reconstruct_example, "continue": continue_example}[task]
-        passages = rng.choices(self.texts, k=count)
-        return [make(passage, rng, words=words, raw=raw) for passage in passages]
-
-    def _others(self, rng: random.Random, words: int) -> list[Passage]:
-        if rng.random() >= self.stage.get("distractors", 0.0):
-            return []
-        other = rng.choice(self.texts)
-        return [Passage(window(other.text, words, rng), title=other.title)]
 
 
 class _Steps(Dataset[list[int]]):

@@ -13,17 +13,17 @@ from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import itself
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.training.data import Question
-from vist_rag.training.reading import (
+from vist_rag.training.examples import (
     CONTINUE,
     RECONSTRUCT,
     Example,
-    MemoryReading,
     answer_example,
     continue_example,
     misspell,
     reconstruct_example,
     window,
 )
+from vist_rag.training.reading import MemoryReading
 from vist_rag.types import Passage
 
 TEXT = (

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from tests.support.tiny import tiny_compressor, tiny_generator
 from vist_rag.training.data import LengthBatches
-from vist_rag.training.reading import Example, MemoryReading
+from vist_rag.training.examples import Example
+from vist_rag.training.reading import MemoryReading
 from vist_rag.training.trainer import train_stage
 from vist_rag.types import Passage
 
