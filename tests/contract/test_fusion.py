@@ -261,6 +261,19 @@ def test_tokens_belong_to_the_latent_that_spells_their_middle() -> None:
     assert spelt[3] == []
 
 
+@torch.no_grad()
+def test_a_soft_prompt_is_what_latents_mean_and_what_they_spell() -> None:
+    generator = causal_generator("prefix_bert")
+    spelling(generator, "the river", "", " runs")
+    fusion, words = generator.fusion, generator.model.get_input_embeddings().weight
+    latents = memory(3).latents
+    begin, *inside, end = fusion.read(generator, latents)[0]
+    assert torch.equal(torch.stack((begin, end)), fusion.boundaries)
+    the, river, runs = generator.tokenize("the river runs")
+    named = [words[[the, river]].mean(0) - words.mean(0), torch.zeros(32), words[runs] - words.mean(0)]
+    torch.testing.assert_close(torch.stack(inside), fusion.meaning(latents) + torch.stack(named))
+
+
 def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:
     generator = causal_generator("prefix_bert")
     spelling(generator, "the river", " runs")
