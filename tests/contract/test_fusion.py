@@ -269,7 +269,7 @@ def test_a_soft_prompt_is_what_latents_mean_and_what_they_spell() -> None:
     latents = memory(3).latents
     begin, *inside, end = fusion.read(generator, latents)[0]
     assert torch.equal(torch.stack((begin, end)), fusion.boundaries)
-    the, river, runs = generator.tokenize("the river runs")
+    the, river, runs = generator.tokenize("the river runs").tolist()
     named = [words[[the, river]].mean(0) - words.mean(0), torch.zeros(32), words[runs] - words.mean(0)]
     torch.testing.assert_close(torch.stack(inside), fusion.meaning(latents) + torch.stack(named))
 
