@@ -119,6 +119,7 @@ class FusionConfig:
         spelling: Characters that a latent spells at most; 0 where this fusion does not read spelling.
         spelling_width: How many of the last dimensions of a latent are for spelling alone; the projector reads the
             others.
+        tokens: Tokens whose ids a latent ends with, ``spelling_width`` numbers in all; 0 where it spells characters.
     """
 
     memory_width: int
@@ -127,9 +128,16 @@ class FusionConfig:
     fingerprint: str = ""
     spelling: int = 0
     spelling_width: int = 0
+    tokens: int = 0
 
     def __post_init__(self) -> None:
         _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)
+        _check(
+            "tokens",
+            self.tokens,
+            allowed="0, or 1 or more without spelling",
+            ok=self.tokens >= 0 and not (self.tokens and self.spelling),
+        )
         for name in ("memory_width", "generator_width", "hidden_width"):
             _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)

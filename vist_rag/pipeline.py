@@ -13,9 +13,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from transformers import AutoModel
 
 from vist_rag.budget import Budget, Plan
-from vist_rag.compression import VistCompressor, VisualMemory
+from vist_rag.compression import PassageCompressor, VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError
 from vist_rag.generation import Generation, Prompt, PromptTemplate, VistGenerator, best_device
 from vist_rag.retrieval import PassageIndex
@@ -40,7 +41,7 @@ class VistRAG:
     def __init__(
         self,
         index: PassageIndex,
-        compressor: VistCompressor,
+        compressor: PassageCompressor,
         generator: VistGenerator,
         *,
         budget: Budget | None = None,
@@ -211,7 +212,7 @@ class AnswerStream:
 
 
 def compress(
-    compressor: VistCompressor, passages: Sequence[Passage], *, progress: bool = False
+    compressor: PassageCompressor, passages: Sequence[Passage], *, progress: bool = False
 ) -> dict[str, np.ndarray]:
     """Memories of passages as they are stored, by passage id: float16 ``[n, d]``."""
     memories = compressor.encode([p.content for p in passages], progress=progress)
@@ -258,7 +259,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def load_compressor(directory: Path, *, device: str | None = None) -> VistCompressor:
+def load_compressor(directory: Path, *, device: str | None = None) -> PassageCompressor:
     """The compressor of a checkpoint directory, on its device: bf16 on cuda, float32 elsewhere.
 
     Raises:
@@ -266,12 +267,12 @@ def load_compressor(directory: Path, *, device: str | None = None) -> VistCompre
     """
     place = torch.device(device) if device else best_device()
     try:
-        compressor = VistCompressor.from_pretrained(
+        compressor = AutoModel.from_pretrained(
             directory / "compressor", dtype=torch.bfloat16 if place.type == "cuda" else torch.float32
         )
     except Exception as error:  # torn safetensors, missing files and bad JSON each raise a class of their own
         raise CheckpointError(f"compressor in {directory} cannot be loaded ({error}); restore its files.") from error
-    return cast(VistCompressor, cast(Any, compressor).to(place).eval())
+    return cast(PassageCompressor, cast(Any, compressor).to(place).eval())
 
 
 def find_span(answer: str, text: str) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from vist_rag.cli.terminal import say, working
 from vist_rag.errors import CheckpointError, VistError
 
 if TYPE_CHECKING:
-    from vist_rag.compression import VistCompressor
+    from vist_rag.compression import PassageCompressor, VistCompressor
     from vist_rag.generation import VistGenerator
     from vist_rag.pipeline import VistRAG
     from vist_rag.retrieval import PassageIndex
@@ -51,7 +51,7 @@ def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor,
         directory = find_checkpoint(model)
         settings = read_settings(directory)
         generator = VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion")
-        return directory, settings, load_compressor(directory), generator
+        return directory, settings, _vist(load_compressor(directory)), generator
 
 
 def load_compressor_of(model: str | None) -> VistCompressor:
@@ -59,7 +59,18 @@ def load_compressor_of(model: str | None) -> VistCompressor:
     with working("loading the compressor"), _readable(model):
         from vist_rag.pipeline import find_checkpoint, load_compressor
 
-        return load_compressor(find_checkpoint(model))
+        return _vist(load_compressor(find_checkpoint(model)))
+
+
+def _vist(compressor: PassageCompressor) -> VistCompressor:
+    from vist_rag.compression import VistCompressor
+
+    if not isinstance(compressor, VistCompressor):
+        raise CheckpointError(
+            f"--model must be a compressor that reads pictures, got {type(compressor).__name__}; the baselines are for "
+            "vist-rag eval alone."
+        )
+    return compressor
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from transformers import AutoConfig, AutoModel
 
-from vist_rag.compression.compressor import VistCompressor, VistConfig
+from vist_rag.compression.compressor import PassageCompressor, VistCompressor, VistConfig
 from vist_rag.compression.memory import VisualMemory
+from vist_rag.compression.text import TextCompressor, TextCompressorConfig
 
 AutoConfig.register(VistConfig.model_type, VistConfig)
 AutoModel.register(VistConfig, VistCompressor)
+AutoConfig.register(TextCompressorConfig.model_type, TextCompressorConfig)
+AutoModel.register(TextCompressorConfig, TextCompressor)
 
-__all__ = ["VistCompressor", "VistConfig", "VisualMemory"]
+__all__ = ["PassageCompressor", "TextCompressor", "VistCompressor", "VistConfig", "VisualMemory"]

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -50,46 +50,43 @@ class VistConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-class VistCompressor(PreTrainedModel):
-    """Reads passages as pictures and keeps a few latents of each.
+class PageRenderer(Protocol):
+    """Texts in, pages out: of pixels (``Renderer``), or of tokens."""
 
-    The vision tower is frozen. The glyph atlas is part of the weights, so a checkpoint renders the same pixels on
-    every machine without a font.
+    def render(self, texts: Sequence[str]) -> Pages:
+        """Pages of the texts, in order."""
+
+
+class PassageCompressor(PreTrainedModel):
+    """What every compressor of passages does alike: pages -> features of a frozen tower -> latents.
+
+    ``VistCompressor`` reads pages of pixels; the baselines of ``vist_rag.compression.text`` read tokens.
     """
 
-    config_class = VistConfig
-    base_model_prefix = "compressor"
     main_input_name = "pixel_values"
-    atlas_ink: Tensor
-    atlas_advances: Tensor
-    atlas_codepoints: Tensor
-    atlas_glyph_ids: Tensor
+    tower: nn.Module
+    resampler: nn.Module
+    resampler_config: ResamplerConfig
+    _fingerprint: str | None = None
 
-    def __init__(self, config: VistConfig) -> None:
-        super().__init__(config)
-        if config.tower is None or config.atlas is None:
-            raise ConfigError(
-                "VistConfig must hold a tower and an atlas; make the model with VistCompressor.build(...)."
-            )
-        self.renderer_config = RendererConfig(**(config.renderer or {}))
-        self.resampler_config = ResamplerConfig(**(config.resampler or {}))
-        vision = tower_config(config.tower)
-        _check_sizes(vision, self.renderer_config)
-        self.tower = VisionTower.from_config(vision)
-        layers = self.resampler_config.tower_layers
-        self.resampler = PerceiverResampler(
-            self.resampler_config, self.tower.width * len(layers), self.renderer_config.page_patches
-        )
-        sizes, height = config.atlas, self.renderer_config.patch_size_px
-        self.register_buffer("atlas_ink", torch.zeros(sizes["glyphs"], height, sizes["width"], dtype=torch.uint8))
-        self.register_buffer("atlas_advances", torch.zeros(sizes["glyphs"], dtype=torch.int32))
-        self.register_buffer("atlas_codepoints", torch.zeros(sizes["codepoints"], dtype=torch.int32))
-        self.register_buffer("atlas_glyph_ids", torch.zeros(sizes["codepoints"], dtype=torch.int32))
-        self._renderer: Renderer | None = None
-        self._fingerprint: str | None = None
-        self.register_load_state_dict_post_hook(_forget)
-        self.tower.requires_grad_(False)
-        self.post_init()
+    @property
+    def renderer(self) -> PageRenderer:
+        """What makes this compressor's pages of a text, on its device."""
+        raise NotImplementedError
+
+    @property
+    def window(self) -> int:
+        """Patches that a latent stands for."""
+        return int(cast(Any, self.resampler).window)
+
+    @property
+    def memory_width(self) -> int:
+        """Width ``d`` of a latent with all its parts."""
+        return self.resampler_config.memory_width
+
+    def _settings(self) -> list[Any]:
+        """What changes a memory beside the weights."""
+        raise NotImplementedError
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         # Loading happens on the meta device: what __init__ set is lost, so initial values belong here.
@@ -97,80 +94,15 @@ class VistCompressor(PreTrainedModel):
         if isinstance(module, PerceiverResampler):
             init.normal_(module.latents, std=0.02)
 
-    @classmethod
-    def build(
-        cls,
-        tower: str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel,
-        atlas: GlyphAtlas,
-        *,
-        renderer: RendererConfig | None = None,
-        resampler: ResamplerConfig | None = None,
-    ) -> VistCompressor:
-        """A compressor with a fresh resampler.
-
-        Args:
-            tower: A hub id or local path (pretrained weights are loaded), a loaded model, or a config (fresh weights).
-            atlas: The glyphs to render with.
-            renderer: Sizes of a page; None takes them from the tower.
-            resampler: Sizes of the memory.
-        Raises:
-            CheckpointError: If the tower's weights cannot be loaded.
-            ConfigError: If the tower has no patches, or its sizes are not the renderer's.
-        """
-        model = _pretrained_tower(tower)
-        vision = tower_config(model.config if model is not None else tower)  # type: ignore[arg-type]
-        renderer = renderer or RendererConfig(
-            tower_size_px=int(vision.image_size),
-            patch_size_px=int(vision.patch_size),
-            channels=int(vision.num_channels),
-        )
-        config = VistConfig(
-            renderer=asdict(renderer),
-            tower=vision.to_dict(),
-            resampler=asdict(resampler or ResamplerConfig()),
-            atlas={
-                "glyphs": len(atlas.ink),
-                "width": atlas.ink.shape[2],
-                "codepoints": len(atlas.codepoints),
-                "origin": atlas.origin,
-            },
-        )
-        compressor = cls(config)
-        if model is not None:
-            missing = compressor.tower.model.load_state_dict(model.state_dict(), strict=False).missing_keys
-            if missing:  # what is left over (a pooler, a head) is not read
-                raise CheckpointError(f"tower must bring all its weights, got none for {', '.join(missing[:3])}.")
-        compressor.atlas_ink.copy_(atlas.ink)
-        for name in ("advances", "codepoints", "glyph_ids"):
-            getattr(compressor, f"atlas_{name}").copy_(torch.from_numpy(getattr(atlas, name)))
-        return compressor
-
-    @property
-    def renderer(self) -> Renderer:
-        """The renderer of this compressor's pages, on its device."""
-        if self._renderer is None:
-            atlas = GlyphAtlas(
-                self.atlas_ink.cpu(),
-                self.atlas_advances.cpu().numpy(),
-                self.atlas_codepoints.cpu().numpy(),
-                self.atlas_glyph_ids.cpu().numpy(),
-                self.config.atlas["origin"],
-            )
-            self._renderer = Renderer(atlas, self.renderer_config)
-        return self._renderer.to(self.device)
-
     @property
     def fingerprint(self) -> str:
-        """sha256 over all settings, the glyph atlas, tower and resampler weights, in hexadecimal.
+        """sha256 over all settings and weights, in hexadecimal: glyph atlas or vocabulary, tower, resampler.
 
         Weights count as their bf16 values, so that the same checkpoint has one fingerprint in float32 and bf16. A model
         in training mode is hashed anew each time.
         """
         if self._fingerprint is None or self.training:
-            config = self.config
-            tower = {k: v for k, v in config.tower.items() if k not in _NO_SETTING and not k.startswith("_")}
-            settings = [config.renderer, config.resampler, config.atlas, tower]
-            sha = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+            sha = hashlib.sha256(json.dumps(self._settings(), sort_keys=True, default=str).encode())
             for name, tensor in sorted(self.state_dict().items()):
                 tensor = tensor.to(torch.bfloat16).view(torch.int16) if tensor.is_floating_point() else tensor
                 sha.update(name.encode())
@@ -178,7 +110,7 @@ class VistCompressor(PreTrainedModel):
             self._fingerprint = sha.hexdigest()
         return self._fingerprint
 
-    def train(self, mode: bool = True) -> VistCompressor:
+    def train(self, mode: bool = True) -> Self:
         """Training mode for the resampler alone: the tower stays frozen, dropout included."""
         if mode or self.training:  # weights change in training mode only, and a hash of them costs time
             self._fingerprint = None
@@ -210,7 +142,7 @@ class VistCompressor(PreTrainedModel):
     def count_latents(self, text: str) -> int:
         """How many latents ``encode`` will make of a text: known from its layout alone, without the tower."""
         used = self.renderer.render([text]).patch_mask.sum(1)
-        return sum(max(1, -(-int(n) // self.resampler.window)) for n in used)
+        return sum(max(1, -(-int(n) // self.window)) for n in used)
 
     def _tower_trains(self) -> bool:
         return any(p.requires_grad for p in self.tower.parameters())
@@ -263,9 +195,121 @@ class VistCompressor(PreTrainedModel):
                 yield text_id, page[: max(1, int(mask.sum()))].float().cpu()
 
 
-def _forget(compressor: VistCompressor, _: Any) -> None:
+class VistCompressor(PassageCompressor):
+    """Reads passages as pictures and keeps a few latents of each.
+
+    The vision tower is frozen. The glyph atlas is part of the weights, so a checkpoint renders the same pixels on
+    every machine without a font.
+    """
+
+    config_class = VistConfig
+    base_model_prefix = "compressor"
+    atlas_ink: Tensor
+    atlas_advances: Tensor
+    atlas_codepoints: Tensor
+    atlas_glyph_ids: Tensor
+
+    def __init__(self, config: VistConfig) -> None:
+        super().__init__(config)
+        if config.tower is None or config.atlas is None:
+            raise ConfigError(
+                "VistConfig must hold a tower and an atlas; make the model with VistCompressor.build(...)."
+            )
+        self.renderer_config = RendererConfig(**(config.renderer or {}))
+        self.resampler_config = ResamplerConfig(**(config.resampler or {}))
+        vision = tower_config(config.tower)
+        _check_sizes(vision, self.renderer_config)
+        self.tower = VisionTower.from_config(vision)
+        layers = self.resampler_config.tower_layers
+        self.resampler = PerceiverResampler(
+            self.resampler_config, self.tower.width * len(layers), self.renderer_config.page_patches
+        )
+        sizes, height = config.atlas, self.renderer_config.patch_size_px
+        self.register_buffer("atlas_ink", torch.zeros(sizes["glyphs"], height, sizes["width"], dtype=torch.uint8))
+        self.register_buffer("atlas_advances", torch.zeros(sizes["glyphs"], dtype=torch.int32))
+        self.register_buffer("atlas_codepoints", torch.zeros(sizes["codepoints"], dtype=torch.int32))
+        self.register_buffer("atlas_glyph_ids", torch.zeros(sizes["codepoints"], dtype=torch.int32))
+        self._renderer: Renderer | None = None
+        self._fingerprint: str | None = None
+        self.register_load_state_dict_post_hook(_forget)
+        self.tower.requires_grad_(False)
+        self.post_init()
+
+    @classmethod
+    def build(
+        cls,
+        tower: str | Path | dict[str, Any] | PreTrainedConfig | PreTrainedModel,
+        atlas: GlyphAtlas,
+        *,
+        renderer: RendererConfig | None = None,
+        resampler: ResamplerConfig | None = None,
+    ) -> VistCompressor:
+        """A compressor with a fresh resampler.
+
+        Args:
+            tower: A hub id or local path (pretrained weights are loaded), a loaded model, or a config (fresh weights).
+            atlas: The glyphs to render with.
+            renderer: Sizes of a page; None takes them from the tower.
+            resampler: Sizes of the memory.
+        Raises:
+            CheckpointError: If the tower's weights cannot be loaded.
+            ConfigError: If the tower has no patches, or its sizes are not the renderer's.
+        """
+        model = _pretrained_tower(tower)
+        vision = tower_config(model.config if model is not None else tower)  # type: ignore[arg-type]
+        renderer = renderer or RendererConfig(
+            tower_size_px=int(vision.image_size),
+            patch_size_px=int(vision.patch_size),
+            channels=int(vision.num_channels),
+        )
+        config = VistConfig(
+            renderer=asdict(renderer),
+            tower=vision.to_dict(),
+            resampler=asdict(resampler or ResamplerConfig()),
+            atlas={
+                "glyphs": len(atlas.ink),
+                "width": atlas.ink.shape[2],
+                "codepoints": len(atlas.codepoints),
+                "origin": atlas.origin,
+            },
+        )
+        compressor = cls(config)
+        if model is not None:
+            missing = (
+                cast(VisionTower, compressor.tower).model.load_state_dict(model.state_dict(), strict=False).missing_keys
+            )
+            if missing:  # what is left over (a pooler, a head) is not read
+                raise CheckpointError(f"tower must bring all its weights, got none for {', '.join(missing[:3])}.")
+        compressor.atlas_ink.copy_(atlas.ink)
+        for name in ("advances", "codepoints", "glyph_ids"):
+            getattr(compressor, f"atlas_{name}").copy_(torch.from_numpy(getattr(atlas, name)))
+        return compressor
+
+    @property
+    def renderer(self) -> Renderer:
+        """The renderer of this compressor's pages, on its device."""
+        if self._renderer is None:
+            atlas = GlyphAtlas(
+                self.atlas_ink.cpu(),
+                self.atlas_advances.cpu().numpy(),
+                self.atlas_codepoints.cpu().numpy(),
+                self.atlas_glyph_ids.cpu().numpy(),
+                self.config.atlas["origin"],
+            )
+            self._renderer = Renderer(atlas, self.renderer_config)
+        return self._renderer.to(self.device)
+
+    def _settings(self) -> list[Any]:
+        config = self.config
+        tower = {k: v for k, v in config.tower.items() if k not in _NO_SETTING and not k.startswith("_")}
+        return [config.renderer, config.resampler, config.atlas, tower]
+
+
+def _forget(compressor: PassageCompressor, _: Any) -> None:
     """Other weights were loaded: what was derived from the old ones is void."""
-    compressor._renderer = compressor._fingerprint = None
+    compressor._fingerprint = None
+    if isinstance(compressor, VistCompressor):
+        compressor._renderer = None
 
 
 def _pretrained_tower(tower: Any) -> PreTrainedModel | None:

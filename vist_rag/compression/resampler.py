@@ -39,6 +39,13 @@ class PerceiverBlock(nn.Module):
         return latents + fed
 
 
+def windows_of_text(mask: Tensor, window: int) -> Tensor:
+    """Which windows hold text: bool ``[p, s]`` -> bool ``[p, n]``."""
+    padded: Tensor = F.pad(mask, (0, -mask.shape[1] % window))
+    standing: Tensor = padded.unflatten(1, (-1, window)).any(-1)
+    return standing
+
+
 class PerceiverResampler(nn.Module):
     """Compress page features into latents that each stand for a window of the strip.
 
@@ -77,12 +84,6 @@ class PerceiverResampler(nn.Module):
         )
         self.project_salience = nn.Linear(self.window * feature_width, 1) if config.salience else None
 
-    def latent_mask(self, mask: Tensor) -> Tensor:
-        """Which latents stand for text: bool ``[p, s]`` -> bool ``[p, n]``."""
-        padded: Tensor = F.pad(mask, (0, -mask.shape[1] % self.window))
-        standing: Tensor = padded.unflatten(1, (-1, self.window)).any(-1)
-        return standing
-
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Compress the features of each page.
 
@@ -104,7 +105,7 @@ class PerceiverResampler(nn.Module):
         windows = F.pad(features, (0, 0, 0, padding)).unflatten(1, (-1, self.window)).flatten(2)
         latents = self.project_window(windows)  # [p, n, d]
         latents = latents + self.latents[: latents.shape[1]]
-        standing = self.latent_mask(mask)
+        standing = windows_of_text(mask, self.window)
         attended = torch.cat((mask, standing), dim=1)
         projected = self.project(features)
         for block in self.blocks:
@@ -115,3 +116,34 @@ class PerceiverResampler(nn.Module):
         if self.project_salience is not None:
             latents = torch.cat((self.project_salience(windows), latents), dim=-1)
         return latents, standing
+
+
+class WindowPooling(nn.Module):
+    """The mean of each window's features, projected: what stands in a resampler's place where there is none.
+
+    Args:
+        config: ``width``, ``expansion``, ``spelling_width`` and ``salience`` are read.
+        feature_width: Width of the incoming features.
+        window: Features that a latent stands for; 1 leaves every feature by itself.
+    Source: the mean-pooled text compressor of arXiv:2512.03643, with an MLP for its projection.
+    """
+
+    def __init__(self, config: ResamplerConfig, feature_width: int, window: int) -> None:
+        super().__init__()
+        self.window = window
+        hidden = config.expansion * config.width
+        self.project = nn.Sequential(
+            nn.LayerNorm(feature_width),
+            nn.Linear(feature_width, hidden),
+            nn.GELU(),
+            nn.Linear(hidden, config.memory_width),
+        )
+
+    def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[p, s, feature_width]`` and mask ``[p, s]`` -> latents ``[p, n, d]`` and which stand for text."""
+        padding = -features.shape[1] % self.window
+        windows = F.pad(features * mask[..., None], (0, 0, 0, padding)).unflatten(1, (-1, self.window))
+        counts = F.pad(mask, (0, padding)).unflatten(1, (-1, self.window)).sum(-1)
+        pooled = windows.sum(2) / counts.clamp(min=1)[..., None]
+        latents: Tensor = self.project(pooled)
+        return latents, counts > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StoppingCriteriaList
 
 from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError, VistError
@@ -204,6 +206,44 @@ class VistGenerator:
         if failures:
             raise failures[0]
         return self._generation(outputs[0][0], int(inputs["attention_mask"].sum()), stop)
+
+    @torch.no_grad()
+    def score(self, prompt: Prompt, continuations: Sequence[Tensor], *, batch_size: int = 64) -> list[Tensor]:
+        """How likely each continuation of a prompt is; the prompt is read once.
+
+        Args:
+            prompt: What comes before.
+            continuations: Token ids, int64 ``[t]`` each, ``t`` of 1 or more.
+            batch_size: Continuations in one forward pass.
+        Returns:
+            Of each continuation, the natural logarithm of the probability of its tokens, float ``[t]``, on the CPU.
+        Raises:
+            InputError: If the prompt or a continuation is empty, or they do not fit the model's context.
+        """
+        if any(len(ids) == 0 for ids in continuations):
+            raise InputError("continuations must have one token or more each, got an empty one; leave it out.")
+        scores: list[Tensor] = []
+        with self.fusion.condition(self, [prompt]) as inputs:
+            self._check_length(inputs, max(map(len, continuations), default=0))
+            read = self.model(**inputs, use_cache=True)
+        first = read.logits[0, -1].float().log_softmax(-1)
+        for begin in range(0, len(continuations), batch_size):
+            some = [ids.to(self.device) for ids in continuations[begin : begin + batch_size]]
+            if max(map(len, some)) == 1:  # the prompt tells all
+                scores += [first[ids].cpu() for ids in some]
+                continue
+            cache = copy.deepcopy(read.past_key_values)
+            cache.batch_repeat_interleave(len(some))
+            token_ids = pad_sequence(some, batch_first=True)
+            there = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
+            mask = torch.cat((inputs["attention_mask"].expand(len(some), -1), there), dim=1)
+            logits = self.model(input_ids=token_ids, attention_mask=mask, past_key_values=cache).logits
+            later = logits.float().log_softmax(-1)
+            scores += [
+                torch.cat((first[ids[:1]], row[:-1].gather(1, ids[1:, None])[:, 0])).cpu()
+                for ids, row in ((ids, row[: len(ids)]) for ids, row in zip(some, later, strict=True))
+            ]
+        return scores
 
     @property
     def _end_ids(self) -> list[int]:

@@ -115,7 +115,7 @@ class CopyAttention(nn.Module):
             directions = F.normalize(words - centre, dim=-1)
             repeated = (_EXACT * F.normalize(written - centre, dim=-1) @ directions.T).softmax(-1)
             # What is in the answer already is hardly the next word.
-            fresh = torch.log1p(-REPEATED * repeated * answer[..., None]).cumsum(1).exp()[:, -count:]
+            fresh = (1 - REPEATED * repeated * answer[..., None]).cumprod(1)[:, -count:]
         ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
         return copied * fresh + weights[..., -1:] * ends, weights
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vist_rag.compression import VistCompressor
+from vist_rag.compression import PassageCompressor
 from vist_rag.generation import VistGenerator
 from vist_rag.generation.int8 import save_int8
 from vist_rag.pipeline import SETTINGS_FILE
@@ -17,7 +17,7 @@ from vist_rag.pipeline import SETTINGS_FILE
 
 def save_checkpoint(
     directory: str | Path,
-    compressor: VistCompressor,
+    compressor: PassageCompressor,
     generator: VistGenerator,
     *,
     settings: dict[str, Any] | None = None,

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from vist_rag.compression import VistCompressor
+from vist_rag.compression import PassageCompressor
 from vist_rag.generation import SoftPromptFusion
 from vist_rag.generation.fusion.soft_prompt import CHARACTERS
 from vist_rag.rendering import Pages
@@ -62,7 +62,7 @@ class LexicalAlignment(nn.Module):
 
     def __init__(
         self,
-        compressor: VistCompressor,
+        compressor: PassageCompressor,
         fusion: SoftPromptFusion,
         word_embeddings: Tensor,
         reading: TowerReading | None = None,
@@ -200,7 +200,7 @@ class WordSalad:
 
 def lexical_batch(
     texts: Sequence[str],
-    compressor: VistCompressor,
+    compressor: PassageCompressor,
     tokenizer: Tokenizer,
     *,
     reading: bool = False,
@@ -217,12 +217,12 @@ def lexical_batch(
     """
     pages = compressor.renderer.render(texts)
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    shown_on = list(pieces_of_pages(pages, encodings, compressor.resampler.window))
+    shown_on = list(pieces_of_pages(pages, encodings, compressor.window))
     places = [np.stack((np.full(len(latents), page), latents), axis=1) for page, (_, latents) in enumerate(shown_on)]
     ids = [some for some, _ in shown_on]
     shown = patch_targets(texts, pages, encodings) if reading else {}
     if spelling:
-        shown["spelling"] = torch.from_numpy(_spelling(pages, texts, compressor.resampler.window, spelling))
+        shown["spelling"] = torch.from_numpy(_spelling(pages, texts, compressor.window, spelling))
     return shown | {
         "pixel_values": pages.pixel_values,
         "patch_mask": pages.patch_mask,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
-from vist_rag.compression import VistCompressor
+from vist_rag.compression import PassageCompressor
 from vist_rag.compression.memory import keep
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import itself, show
@@ -43,7 +43,7 @@ class MemoryReading(nn.Module):
 
     def __init__(
         self,
-        compressor: VistCompressor,
+        compressor: PassageCompressor,
         generator: VistGenerator,
         *,
         rates: dict[float, float] | None = None,
@@ -132,7 +132,7 @@ class MemoryReading(nn.Module):
 
     def _windows(self, contents: Sequence[str], pages: Pages) -> list[Window]:
         """The windows of each text."""
-        window = self.compressor.resampler.window
+        window = self.compressor.window
         encodings = self._generator[0].tokenizer.backend_tokenizer.encode_batch(
             list(contents), add_special_tokens=False
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from vist_rag.compression import VistCompressor
+from vist_rag.compression import PassageCompressor, VistCompressor
 from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError
@@ -75,7 +75,7 @@ class RecipeRun:
         torch.manual_seed(self.seed)
         output.mkdir(parents=True, exist_ok=True)
         self.atlas = _atlas(recipe.get("font_atlas", "assets"))
-        self.base = _base_model(recipe["generator"]["base"])
+        self.base = base_model(recipe["generator"]["base"])
         self._texts: list[Passage] | None = None
 
     def run(self) -> Path:
@@ -94,7 +94,7 @@ class RecipeRun:
             self.output / "model", compressor, generator, settings=self.recipe.get("settings", {}), int8=True
         )
 
-    def parts(self) -> tuple[VistCompressor, VistGenerator]:
+    def parts(self) -> tuple[PassageCompressor, VistGenerator]:
         """A compressor and a generator with fresh weights, the generator's layers from the base model."""
         torch.manual_seed(self.seed)
         recipe = self.recipe
@@ -116,13 +116,13 @@ class RecipeRun:
         """The pruned vocabulary, counted once and kept in the output folder."""
         vocabulary, ids = self.output / "tokenizer.json", self.output / "old_ids.json"
         if not (vocabulary.is_file() and ids.is_file()):
-            full = _plain(Tokenizer.from_file(str(self.base / "tokenizer.json")))
+            full = plain(Tokenizer.from_file(str(self.base / "tokenizer.json")))
             sample = [titled(p.title, p.text) for p in self.texts()[::_VOCABULARY_SAMPLE]]
             chunks = (sample[i : i + 1000] for i in range(0, len(sample), 1000))
             pruned, old_ids = prune_vocabulary(full, chunks, self.recipe["generator"]["vocabulary"])
             ids.write_text(json.dumps(old_ids))
             pruned.save(str(vocabulary))
-        return _plain(Tokenizer.from_file(str(vocabulary))), json.loads(ids.read_text())
+        return plain(Tokenizer.from_file(str(vocabulary))), json.loads(ids.read_text())
 
     def texts(self) -> list[Passage]:
         """All plain text, in one seeded order."""
@@ -162,7 +162,9 @@ class RecipeRun:
     def _lexical_stage(self, stage: dict[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
         words = cast(Tensor, generator.model.get_input_embeddings().weight)
-        heads = TowerReading(compressor.tower, words.detach().clone()) if stage.get("reading") else None
+        heads = None
+        if stage.get("reading"):
+            heads = TowerReading(cast(VisionTower, compressor.tower), words.detach().clone())
         parts = MemoryReading(compressor, generator)
         if before is not None:
             load_parts(parts, before)
@@ -191,7 +193,7 @@ class RecipeRun:
             model, indices, build, directory, learning_rate=stage["learning_rate"], seed=self.seed, result=parts
         )
 
-    def _salience(self, compressor: VistCompressor) -> Tensor | None:
+    def _salience(self, compressor: PassageCompressor) -> Tensor | None:
         """How much each word piece matters; None for a compressor that does not tell."""
         if not compressor.resampler_config.salience:
             return None
@@ -283,7 +285,8 @@ def _atlas(name: str) -> GlyphAtlas:
     return GlyphAtlas.load(name)
 
 
-def _base_model(name: str) -> Path:
+def base_model(name: str) -> Path:
+    """Directory of a base model: a path, the packaged encoder, or a hub id (downloaded)."""
     if Path(name).is_dir():
         return Path(name)
     if name == DEFAULT_MODEL and (packaged := offline_files()):
@@ -293,7 +296,8 @@ def _base_model(name: str) -> Path:
     return Path(snapshot_download(name))
 
 
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, without padding and truncation."""
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

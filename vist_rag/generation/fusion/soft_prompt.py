@@ -20,6 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 
 from vist_rag.compression import VisualMemory
+from vist_rag.compression.text import read_ids
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
 from vist_rag.generation.prefix_bert import SLOTS, ranks
@@ -139,7 +140,7 @@ class SoftPromptFusion(nn.Module):
             shown: Tokens that each latent spells, int64 ``[n, SLOTS]``, -1 for none.
             words: The generator's embeddings, float ``[v, d_llm]``.
         """
-        if self.speller is not None:
+        if self.speller is not None or self.config.tokens:
             there = (shown >= 0)[..., None]
             named = ((words[shown.clamp(min=0)] - words.mean(0)) * there).sum(1)
             meaning = meaning + named / there.sum(1).clamp(min=1)
@@ -177,6 +178,9 @@ class SoftPromptFusion(nn.Module):
 
     def shown(self, generator: VistGenerator, latents: Tensor) -> Tensor:
         """Tokens that each latent of a memory ``[n, d]`` spells: int64 ``[n, SLOTS]``, -1 for none."""
+        if self.config.tokens:
+            known = read_ids(latents[:, -self.config.spelling_width :])[:, :SLOTS]
+            return F.pad(known, (0, SLOTS - known.shape[1]), value=-1)
         if self.speller is None:
             return torch.full((len(latents), SLOTS), -1, device=latents.device)
         spelt = self.spell(latents)
