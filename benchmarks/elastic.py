@@ -17,7 +17,8 @@ import torch
 
 from vist_rag.compression import VisualMemory
 from vist_rag.evaluation import bootstrap_interval, exact_match, f1
-from vist_rag.evaluation.demo import demo_passages, demo_questions, run_facts
+from vist_rag.evaluation.demo import demo_passages, demo_questions
+from vist_rag.evaluation.provenance import run_facts
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import find_checkpoint, load_compressor
 

@@ -33,7 +33,7 @@ from vist_rag.budget import Budget
 from vist_rag.compression import VistCompressor
 from vist_rag.errors import ConfigError, InputError, VistError
 from vist_rag.evaluation import CONDITIONS, EvalQuestion, evaluate_conditions
-from vist_rag.evaluation.demo import SEED, run_facts
+from vist_rag.evaluation.provenance import SEED, run_facts
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import find_checkpoint, load_compressor, read_settings
 from vist_rag.types import Passage

@@ -28,7 +28,8 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 import vist_rag
 from vist_rag.config import RendererConfig
-from vist_rag.evaluation.demo import demo_passages, run_facts
+from vist_rag.evaluation.demo import demo_passages
+from vist_rag.evaluation.provenance import run_facts
 from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.rendering.layout import Lines, set_lines
 

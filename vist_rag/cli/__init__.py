@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, demo, index, info, render, train
+from vist_rag.cli import ask, costs, demo, eval, index, info, render, report, train
 
 app = typer.Typer(
     name="vist-rag",
@@ -48,9 +48,14 @@ for _command, _examples in (
         render.render,
         ("vist-rag render 'Text as the model sees it.' -o page.png", "vist-rag render - -o page.png < notes.txt"),
     ),
+    (eval.evaluate, ("vist-rag eval --dataset questions.jsonl --passages index --index my-index --top-k 1,5",)),
+    (costs.costs, ("vist-rag costs --paper", "vist-rag costs --measure --k 4")),
+    (report.report, ("vist-rag report eval-results --output benchmarks.md",)),
     (train.train, ("vist-rag train embedded --data DIR --output runs/embedded",)),
     (info.info, ("vist-rag info --index my-index --json",)),
 ):
-    app.command(epilog="\n\n".join(f"Example: {example}" for example in _examples))(_command)
+    # A file a command, so the file's name is the command's.
+    _name = _command.__module__.rpartition(".")[2]
+    app.command(_name, epilog="\n\n".join(f"Example: {example}" for example in _examples))(_command)
 
 __all__ = ["app"]

@@ -227,7 +227,8 @@ def _show_summary(report: dict[str, Any]) -> None:
 
 
 def _evaluate(rag: VistRAG, split: str, sizes: Sequence[int], rows: Path | None) -> dict[str, Any]:
-    from vist_rag.evaluation.demo import RUNS, evaluate_demo, run_facts
+    from vist_rag.evaluation.demo import RUNS, evaluate_demo
+    from vist_rag.evaluation.provenance import run_facts
 
     # From memory only: what the checkpoint would read raw is read as memory too.
     rag.budget = replace(rag.budget, k_raw=0, k_memory=min(rag.budget.top_k, len(rag.index)), tokens=None)

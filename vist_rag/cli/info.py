@@ -23,7 +23,7 @@ def info(
 ) -> None:
     """Show versions, the device, the checkpoint, and what an index holds."""
     with working("looking"):
-        from vist_rag.evaluation.demo import machine, versions
+        from vist_rag.evaluation.provenance import machine, versions
 
         report: dict[str, Any] = {"versions": versions(), "machine": machine()}
     report["checkpoint"] = _checkpoint(model)

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
-
-import torch
 
 from vist_rag.budget import Plan
 from vist_rag.compression import VistCompressor, VisualMemory
@@ -25,13 +17,10 @@ from vist_rag.retrieval import read_passages
 from vist_rag.types import Passage, SearchHit
 
 SPLITS = ("dev", "test")
-SEED = 0
-"""Of the bootstrap intervals; answers are greedy and need none."""
 RUNS = 7
 """Runs over the questions that :func:`evaluate_demo` makes, besides one for each size of ``latents``."""
 
 _DEMO = Path(__file__).parents[1] / "assets" / "demo"
-_PACKAGES = ("vist-rag", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,66 +157,3 @@ class _StoredMemories:
 
     def encode(self, texts: Sequence[str], **_: object) -> list[VisualMemory]:
         return [self._by_content[text] for text in texts]
-
-
-def run_facts(command: str) -> dict[str, Any]:
-    """What a table of figures needs to be made again: date, command, seed, commit, versions, machine."""
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command,
-        "seed": SEED,
-        "commit": commit(),
-        "versions": versions(),
-        "machine": machine(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # vist-rag itself, run from a checkout
-            found[name] = "not installed"
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The machine without its name: system, processor, cores, and the device that models run on."""
-    cuda = torch.cuda.is_available()
-    mps = torch.backends.mps.is_available()
-    return {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if cuda else "mps" if mps else "cpu",
-    }
-
-
-def _processor() -> str:
-    try:
-        named = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8"), re.MULTILINE)
-    except OSError:  # not Linux
-        named = None
-    return named[1] if named else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, ``+`` behind it where files differ; None without one."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that it does not trust
-        return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "--no-optional-locks", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()

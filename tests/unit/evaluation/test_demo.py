@@ -36,7 +36,7 @@ def test_there_is_no_third_split() -> None:
 def test_facts_of_a_run_name_versions_and_no_host() -> None:
     import platform
 
-    facts = demo.run_facts("vist-rag demo --eval")
+    facts = run_facts("vist-rag demo --eval")
     assert facts["command"] == "vist-rag demo --eval"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", facts["date"])
     assert facts["versions"]["torch"].startswith("2.")
