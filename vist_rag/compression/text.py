@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -19,9 +20,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from vist_rag.compression.compressor import PassageCompressor
 from vist_rag.compression.resampler import PerceiverResampler, WindowPooling
 from vist_rag.config import ResamplerConfig
-from vist_rag.errors import ConfigError
+from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.rendering import Pages
-
 
 DIGITS = 3
 """Numbers that a token id takes in a latent."""
@@ -76,7 +76,16 @@ class TokenRenderer:
         self.tokenizer, self.page_tokens, self.device = tokenizer, page_tokens, device
 
     def render(self, texts: Sequence[str]) -> Pages:
-        """Pages whose ``pixel_values`` are token ids, int64 ``[p, page_tokens]``; an empty text is one blank page."""
+        """Pages whose ``pixel_values`` are token ids, int64 ``[p, page_tokens]``; an empty text is one blank page.
+
+        Raises:
+            InputError: If an item is not a string.
+        """
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of strings, got one string; wrap it: render([text]).")
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"texts must be strings, got {type(text).__name__} at {i}; decode bytes first.")
         rows: list[tuple[int, list[int], list[tuple[int, int]]]] = []
         encodings = self.tokenizer.encode_batch(
             [text.encode("utf-8", "replace").decode() for text in texts], add_special_tokens=False
@@ -84,7 +93,7 @@ class TokenRenderer:
         for text_id, encoding in enumerate(encodings):
             # A token's span goes up to the next token's, so that every character is on some page.
             starts = [0, *(start for start, _ in encoding.offsets[1:]), len(texts[text_id])]
-            spans = list(zip(starts[:-1], starts[1:], strict=True)) if encoding.ids else []
+            spans = list(pairwise(starts)) if encoding.ids else []
             for begin in range(0, max(1, len(encoding.ids)), self.page_tokens):
                 part = slice(begin, begin + self.page_tokens)
                 rows.append((text_id, encoding.ids[part], spans[part]))
@@ -130,8 +139,8 @@ class TextTower(nn.Module):
             token_ids: int64 ``[p, s]``.
             mask: True where there is a token, bool ``[p, s]``.
         Returns:
-            The token embeddings, then the hidden state of each layer, each float ``[p, s', d_v]``; ``s'`` is the longest
-            page of the batch.
+            The token embeddings, then the hidden state of each layer, each float ``[p, s', d_v]``; ``s'`` is the
+            longest page of the batch.
         """
         longest = max(1, int(mask.sum(1).max()))
         token_ids, mask = token_ids[:, :longest], mask[:, :longest]
@@ -189,6 +198,7 @@ class TextCompressor(PassageCompressor):
         )
         self.register_buffer("vocabulary", torch.zeros(config.vocabulary, dtype=torch.uint8))
         self._pages: TokenRenderer | None = None
+        self.register_load_state_dict_post_hook(_forget)
         self.tower.requires_grad_(False)
         self.post_init()
 
@@ -212,6 +222,9 @@ class TextCompressor(PassageCompressor):
             page_tokens: Tokens of a full page; ``latents_per_page`` of the resampler must divide it.
             pooled: Pool and project each window in the place of a resampler.
             resampler: Sizes of the memory.
+        Raises:
+            CheckpointError: If the encoder does not bring all its weights.
+            ConfigError: If the sizes do not fit each other, or a page not the encoder.
         """
         vocabulary = np.frombuffer(tokenizer.to_str().encode(), np.uint8)
         embeddings = isinstance(encoder, Tensor)
@@ -233,7 +246,9 @@ class TextCompressor(PassageCompressor):
         if isinstance(encoder, Tensor):
             cast(nn.Embedding, tower.words).weight.data.copy_(encoder)
         else:
-            cast(PreTrainedModel, tower.model).load_state_dict(encoder.state_dict(), strict=False)
+            loaded = cast(PreTrainedModel, tower.model).load_state_dict(encoder.state_dict(), strict=False)
+            if missing := loaded.missing_keys:  # what is left over (a pooler, a head) is not read
+                raise CheckpointError(f"encoder must bring all its weights, got none for {', '.join(missing[:3])}.")
         return compressor
 
     @property
@@ -269,3 +284,9 @@ class TextCompressor(PassageCompressor):
         encoder = {k: v for k, v in (config.encoder or {}).items() if k not in ("architectures", "dtype")}
         encoder = {k: v for k, v in encoder.items() if k != "transformers_version" and not k.startswith("_")}
         return [encoder, config.embeddings, config.resampler, config.pooled, config.page_tokens, config.begin_token_id]
+
+
+def _forget(compressor: TextCompressor, _: Any) -> None:
+    """Other weights were loaded: what was derived from the old ones is void."""
+    compressor._fingerprint = None
+    compressor._pages = None

@@ -169,6 +169,7 @@ def run_block(
     begin = time.monotonic()
     with progress(block["name"], len(cells) * len(asked)) as advance:
         methods: dict[str, Method] = {}
+        judged: dict[tuple[Any, ...], dict[str, Any]] = {}
         for cell in cells:
             left = [one for one in asked if (*cell.key, one.id) not in rows_file.done]
             advance(len(asked) - len(left))
@@ -177,7 +178,7 @@ def run_block(
             if cell.method not in methods:
                 methods[cell.method] = make_method(cell.method, model, adapted, block.get(cell.method, {}))
                 methods[cell.method].prepare(asked)
-            for batch in _answered(cell, methods[cell.method], task, left, room, batch_size):
+            for batch in _answered(cell, methods[cell.method], task, left, room, batch_size, judged):
                 rows_file.append(batch)
                 advance(len(batch))
     result = {
@@ -215,37 +216,55 @@ def _check_tokens(cells: Sequence[Cell], model: EvalModel) -> None:
 
 
 def _answered(
-    cell: Cell, method: Method, task: Task, asked: Sequence[Asked], room: Mapping[str, int], batch_size: int
+    cell: Cell,
+    method: Method,
+    task: Task,
+    asked: Sequence[Asked],
+    room: Mapping[str, int],
+    batch_size: int,
+    judged: dict[tuple[Any, ...], dict[str, Any]],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows, a batch at a time; prompts of about one length share a batch."""
+    """Rows, a batch at a time; prompts of about one length share a batch.
+
+    Two rates give a method the same prompt where a memory is smaller than either allows, or the context is full: it is
+    answered once, and ``judged`` keeps what came of it.
+    """
     model = method.model
     built: list[tuple[Asked, Prompt, int]] = []
     for one in asked:
         raw = sum(model.raw_tokens(p) for p in one.passages)
         prompt = method.prompt(one.passages, one.question, budget_of(cell.rate, cell.tokens, raw, room[one.id]))
         built.append((one, prompt, raw))
-    built.sort(key=lambda row: model.generator.prompt_length(row[1]))
+    built.sort(key=lambda row: (_key(cell, row[0], row[1]) not in judged, model.generator.prompt_length(row[1])))
     for start in range(0, len(built), batch_size):
         some = built[start : start + batch_size]
-        begin = time.perf_counter()
-        judged = task.judge(model, [one for one, _, _ in some], [prompt for _, prompt, _ in some])
-        ms = 1000 * (time.perf_counter() - begin) / len(some)
+        new = [(one, prompt) for one, prompt, _ in some if _key(cell, one, prompt) not in judged]
+        if new:
+            begin = time.perf_counter()
+            rows = task.judge(model, [one for one, _ in new], [prompt for _, prompt in new])
+            ms = 1000 * (time.perf_counter() - begin) / len(new)
+            for (one, prompt), row in zip(new, rows, strict=True):
+                judged[_key(cell, one, prompt)] = {**row, "ms": round(ms, 2)}
         yield [
             {
                 "method": cell.method,
                 "rate": cell.rate,
                 "tokens": cell.tokens,
                 "id": one.id,
-                **row,
+                **judged[_key(cell, one, prompt)],
                 "passages": [p.id for p in one.passages],
                 "origin_tokens": raw,
                 "compressed_tokens": model.passage_tokens(prompt, one.question),
                 "prompt_tokens": model.generator.prompt_length(prompt),
                 "memory_bytes": _memory_bytes(prompt),
-                "ms": round(ms, 2),
             }
-            for (one, prompt, raw), row in zip(some, judged, strict=True)
+            for one, prompt, raw in some
         ]
+
+
+def _key(cell: Cell, asked: Asked, prompt: Prompt) -> tuple[Any, ...]:
+    """What a method's prompt for a question is known by: its texts, and the sizes of its memories."""
+    return cell.method, asked.id, *(len(s.memory) if isinstance(s, MemorySegment) else s.text for s in prompt.segments)
 
 
 def _memory_bytes(prompt: Prompt) -> int:

@@ -141,7 +141,7 @@ class Truncated(Raw):
         if whole < len(passages):
             left = budget - sum(self.model.raw_tokens(p) for p in shown)
             part = cut(self.model, passages[whole], left)
-            if part.text or not shown:
+            if self.model.raw_tokens(part) <= left or not shown:
                 shown.append(part)
         return self.model.template.build(question, shown, [])
 
@@ -213,7 +213,7 @@ class LLMLingua2(ClosedBook):
             short = replace(passage, text=str(kept["compressed_prompt"]))
             if self.model.raw_tokens(short) > left:
                 short = cut(self.model, short, left)
-            if short.text or not read:
+            if self.model.raw_tokens(short) <= left or not read:
                 read.append(short)
                 left -= self.model.raw_tokens(short)
         return self.model.template.build(question, read, [])

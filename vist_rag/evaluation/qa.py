@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,11 @@ def _index(block: Mapping[str, Any], reading: Reading) -> PassageIndex:
     if "index" in block:
         return PassageIndex.open(Path(block["index"]), read_only=True)
     passages = load_corpus(_patterns(block), **reading.options)
-    index = PassageIndex.open(reading.output / "index")
-    lacking = [passage for id_, passage in passages.items() if id_ not in index.get([id_])]
-    if len(index) + len(lacking) > len(passages):
-        index.close()
-        raise ConfigError(f"{reading.output / 'index'} must hold this corpus alone; give another --output.")
+    # A corpus that changed is another index: what was found must be what the corpus holds.
+    name = hashlib.sha256("\n".join(sorted(passages)).encode()).hexdigest()[:8]
+    index = PassageIndex.open(reading.output / f"index-{name}")
+    known = index.get(list(passages))
+    lacking = [passage for id_, passage in passages.items() if id_ not in known]
     if lacking:
         reading.tell(f"indexing {len(lacking):,} passages")
         index.add(lacking)

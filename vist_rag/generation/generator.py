@@ -219,7 +219,10 @@ class VistGenerator:
             Of each continuation, the natural logarithm of the probability of its tokens, float ``[t]``, on the CPU.
         Raises:
             InputError: If the prompt or a continuation is empty, or they do not fit the model's context.
+            ConfigError: If ``batch_size`` is less than 1.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be 1 or more, got {batch_size}.")
         if any(len(ids) == 0 for ids in continuations):
             raise InputError("continuations must have one token or more each, got an empty one; leave it out.")
         scores: list[Tensor] = []

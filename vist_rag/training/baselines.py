@@ -50,7 +50,10 @@ class BaselineRun(RecipeRun):
         directory = self._checkpoint()
         generator = VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device="cpu")
         compressor, old = self._compressor(generator), generator.fusion
-        config = replace(old.config, memory_width=compressor.memory_width, fingerprint="")
+        spelling_width = compressor.resampler_config.spelling_width
+        config = replace(
+            old.config, memory_width=compressor.memory_width, spelling_width=spelling_width, fingerprint=""
+        )
         if isinstance(compressor, TextCompressor):
             window = compressor.window
             config = replace(config, spelling=0, spelling_width=window * DIGITS, tokens=window)

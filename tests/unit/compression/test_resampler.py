@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vist_rag.compression.resampler import PerceiverBlock, PerceiverResampler
+from vist_rag.compression.resampler import PerceiverBlock, PerceiverResampler, WindowPooling
 from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError, ShapeError
 
@@ -93,3 +93,62 @@ def test_features_of_another_width_are_refused(resampler: PerceiverResampler) ->
 def test_latents_must_divide_the_page() -> None:
     with pytest.raises(ConfigError, match=r"latents_per_page must divide the patches of a page \(30\), got 8"):
         PerceiverResampler(CONFIG, WIDTH, 30)
+
+
+# ------------------------------------------------------------------------------------------------------- window pooling
+
+
+def pooling(window: int, width: int = WIDTH, *, plain: bool = False, **sizes: object) -> WindowPooling:
+    """``plain``: gives out the pooled features as they are."""
+    torch.manual_seed(0)
+    config = ResamplerConfig(**{"width": 16, "heads": 2} | sizes)  # type: ignore[arg-type]
+    pooled = WindowPooling(config, width, window).eval()
+    if plain:
+        pooled.project = nn.Identity()  # type: ignore[assignment]
+    return pooled
+
+
+def test_pooling_is_the_mean_of_what_is_present() -> None:
+    features = torch.tensor([[[1.0, 10.0], [3.0, 20.0], [5.0, 60.0], [7.0, 8.0], [99.0, 99.0]]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    pooled, standing = pooling(3, 2, plain=True)(features, mask)
+    assert pooled.tolist() == [[[3.0, 30.0], [7.0, 8.0]]]  # the last window holds one feature, and is it
+    assert standing.tolist() == [[True, True]]
+    pooled, standing = pooling(2, 2, plain=True)(features, torch.tensor([[True, False, False, False, False]]))
+    assert pooled.tolist() == [[[1.0, 10.0], [0.0, 0.0], [0.0, 0.0]]]
+    assert standing.tolist() == [[True, False, False]]
+
+
+def test_a_window_of_one_leaves_features_by_themselves() -> None:
+    features, mask = page(5, 32)
+    pooled, standing = pooling(1, plain=True)(features, mask)
+    assert torch.equal(pooled[mask], features[mask])
+    assert torch.equal(standing, mask)
+
+
+def test_pooled_windows_are_projected_one_by_one() -> None:
+    pool, (features, mask) = pooling(4, salience=True, spelling_width=5), page(10, 32)
+    out, standing = pool(features, mask)
+    assert out.shape == (2, 8, 1 + 16 + 5)
+    assert standing.tolist() == [[True] * 3 + [False] * 5, [True] * 8]
+    norm, first, _, last = pool.project
+    for row, window, size in ((0, 0, 4), (0, 2, 2), (1, 7, 4)):
+        mean = features[row, 4 * window : 4 * window + size].mean(0)
+        hidden = nn.functional.gelu(first(norm(mean)))
+        torch.testing.assert_close(out[row, window], last(hidden), atol=1e-5, rtol=1e-5)
+    assert first.out_features == 4 * 16
+
+
+def test_pooling_alone_is_as_in_a_batch() -> None:
+    pool, (features, mask) = pooling(4), page(2, 32, 17)
+    together, standing = pool(features, mask)
+    for i, length in enumerate((2, 32, 17)):
+        alone, alone_standing = pool(features[i : i + 1, :length], mask[i : i + 1, :length])
+        assert alone_standing.all()
+        torch.testing.assert_close(together[i][standing[i]], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_does_not_read_what_is_absent() -> None:
+    pool, (features, mask) = pooling(4), page(10)
+    noisy = torch.where(mask[..., None], features, torch.full_like(features, 9.0))
+    assert torch.equal(pool(features, mask)[0], pool(noisy, mask)[0])
