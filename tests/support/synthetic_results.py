@@ -98,7 +98,7 @@ def latency(**other: Any) -> dict[str, Any]:
             "ttft_ms": first + each * k,
             "ttft_ms_quartiles": [first + each * k - 3, first + each * k + 4],
         }
-        for method, first, each in (("raw", 20, 30), ("memory_encoded_now", 25, 22), ("memory_ready", 18, 11))
+        for method, first, each in (("raw", 20, 30), ("memory_made_now", 25, 22), ("memory_ready", 18, 11))
         for k in (1, 2, 5, 10)
     ]
     return {"format": "vist-rag-latency/1", "name": "synthetic-latency", "points": points} | other

@@ -74,7 +74,9 @@ def costs(
     paper: Annotated[bool, typer.Option("--paper", help="Table 1 of the paper beside our count.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time the checkpoint on this machine instead.")] = False,
     repeats: Annotated[int, typer.Option(metavar="N", help="For --measure: timed runs.")] = 20,
-    k: Annotated[int, typer.Option("--k", metavar="N", help="For --measure: passages that are read.")] = 2,
+    k: Annotated[
+        str, typer.Option("--k", metavar="N,N,...", help="For --measure: passages that are read, one count or several.")
+    ] = "2",
     words: Annotated[int, typer.Option(metavar="N", help="For --measure: words of each passage.")] = 100,
     as_json: JsonOption = False,
 ) -> None:
@@ -253,27 +255,37 @@ def _paper(*, as_json: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(model: str | None, repeats: int, k: int, words: int, *, as_json: bool) -> None:
+def _measure(model: str | None, repeats: int, k: str, words: int, *, as_json: bool) -> None:
     with working("loading"):
-        from vist_rag.evaluation.latency import WARM_UP, measure_latency, sample_passages
+        from vist_rag.evaluation.latency import FORMAT, WARM_UP, measure_latency, points_of, sample_passages
         from vist_rag.evaluation.provenance import run_facts
         from vist_rag.generation import PromptTemplate
 
         if repeats < 1:
             raise ConfigError(f"--repeats must be 1 or more, got {repeats}.")
-        passages = sample_passages(k, words)
+        counts = [part.strip() for part in k.split(",")]
+        if not all(count.isdecimal() and int(count) > 0 for count in counts):
+            raise ConfigError(f"--k must be numbers of 1 or more, separated by commas, got {k!r}.")
+        ks = sorted({int(count) for count in counts})
+        passages = sample_passages(ks[-1], words)
     directory, settings, compressor, generator = load_parts(model)
     try:
         template = PromptTemplate(**settings.get("template", {}))
     except TypeError as error:
         raise CheckpointError(f"template of {directory} is not of this version ({error}); restore it.") from error
-    with progress("timing", WARM_UP + repeats) as advance:
-        report = measure_latency(compressor, generator, template, passages=passages, repeats=repeats, advance=advance)
-    report = {**run_facts(shlex.join(["vist-rag", *sys.argv[1:]])), "words": words, **report}
+    with progress("timing", (WARM_UP + repeats) * len(ks)) as advance:
+        reports = [
+            measure_latency(
+                compressor, generator, template, passages=passages, k=count, repeats=repeats, advance=advance
+            )
+            for count in ks
+        ]
     if as_json:
-        emit_json(report)
-    else:
-        _show_latency(report)
+        facts = run_facts(shlex.join(["vist-rag", *sys.argv[1:]]))
+        emit_json({"format": FORMAT, **facts, "words": words, "points": points_of(reports), "measured": reports})
+        return
+    for report in reports:
+        _show_latency({"words": words, **report})
 
 
 def _show_latency(report: dict[str, Any]) -> None:

@@ -41,6 +41,10 @@ def evaluate(
     index: Annotated[
         Path | None, typer.Option("--index", metavar="DIR", help="For --passages index: made by vist-rag index.")
     ] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Files of passages, {id, title, text}.", show_default="corpus/*.jsonl*"),
+    ] = None,
     top_k: Annotated[str, typer.Option(metavar="K,K,...", help="Without a recipe: passages a question.")] = "1",
     methods: Annotated[
         str, typer.Option(metavar="NAME,NAME,...", help="Without a recipe: ways to hand the passages over.")
@@ -76,6 +80,8 @@ def evaluate(
         block |= {"top_k": [_number("--top-k", k, int) for k in top_k.split(",")], "methods": methods.split(",")}
         plan = {"blocks": [block | {"rates": [_number("--rates", rate, float) for rate in rates.split(",")]}]}
     changes: dict[str, Any] = {} if limit is None else {"limit": limit}
+    if corpus:
+        changes["corpus"] = corpus
     if index is not None:
         changes["index"] = str(index)
     blocks = [block | changes for block in blocks_of(plan) if fnmatch.fnmatch(block["name"], only or "*")]

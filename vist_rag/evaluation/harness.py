@@ -19,7 +19,7 @@ from typing import Any
 from vist_rag.errors import ConfigError, InputError
 from vist_rag.evaluation.icl import InContextLearning
 from vist_rag.evaluation.lm import LanguageModelling
-from vist_rag.evaluation.methods import WITHOUT_BUDGET, Asked, EvalModel, Method, budget_of, make_method
+from vist_rag.evaluation.methods import WITHOUT_BUDGET, Asked, EvalModel, Method, budget_of, check_method, make_method
 from vist_rag.evaluation.provenance import SEED, run_facts
 from vist_rag.evaluation.qa import QuestionAnswering
 from vist_rag.evaluation.results import FORMAT, Cell, RowFile, summarize
@@ -147,6 +147,8 @@ def run_block(
         InputError: If data cannot be read, or no question fits the generator's context.
     """
     cells = cells_of(block)
+    for cell in cells:
+        check_method(cell.method, trained)
     task = make_task(block, model, reading)
     model = task.adapt(model)
     adapted = {name: task.adapt(other) for name, other in trained.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from vist_rag.types import Passage
 
 STAGES = ("render", "tower", "resampler", "fusion", "prefill", "decode")
 FIRST_TOKEN = ("raw", "memory_made_now", "memory_ready")
+FORMAT = "vist-rag-latency/1"
 WARM_UP = 2
 """Runs before the first that counts: allocators, kernels and the glyph atlas are warm then."""
 
@@ -118,6 +119,21 @@ def measure_latency(
         },
         "peak_memory": peak_memory(generator.device),
     }
+
+
+def points_of(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Time to the first token against the number of passages, as ``vist-rag report`` draws it."""
+    return [
+        {
+            "method": method,
+            "k": report["passages"],
+            "ttft_ms": took["median"],
+            "ttft_ms_quartiles": [took["q25"], took["q75"]],
+        }
+        for report in reports
+        for method, took in report["first_token_ms"].items()
+        if took is not None
+    ]
 
 
 class _Runs:

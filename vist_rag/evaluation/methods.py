@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -350,27 +350,36 @@ def cut(model: EvalModel, passage: Passage, budget: int) -> Passage:
     return passage
 
 
-def make_method(name: str, model: EvalModel, trained: dict[str, EvalModel], settings: dict[str, Any]) -> Method:
-    """A method by its name.
+def check_method(name: str, trained: Mapping[str, EvalModel]) -> None:
+    """Refuse a method that cannot be made.
 
-    Args:
-        name: One of ``METHODS`` or ``TRAINED``.
-        model: The checkpoint that is evaluated.
-        trained: Checkpoints of the trained baselines, by method.
-        settings: Further arguments of the method.
     Raises:
         ConfigError: If there is no such method, or a trained one has no checkpoint.
     """
-    if name in trained:
-        return Memory(trained[name])
-    if name in METHODS:
-        return METHODS[name](model, **settings)
-    if name in TRAINED:
+    if name in TRAINED and name not in trained:
         raise ConfigError(
             f"{name} must have a checkpoint, got none; train one (vist-rag train baselines) and give it as "
             f"--checkpoint {name}=DIR."
         )
-    raise ConfigError(f"method must be one of {', '.join((*METHODS, *TRAINED))}, got {name!r}.")
+    if name not in METHODS and name not in trained:
+        raise ConfigError(f"method must be one of {', '.join((*METHODS, *TRAINED))}, got {name!r}.")
+
+
+def make_method(
+    name: str, model: EvalModel, trained: Mapping[str, EvalModel], settings: Mapping[str, Any] | None = None
+) -> Method:
+    """A method by its name.
+
+    Args:
+        name: One of ``METHODS``, or a key of ``trained``.
+        model: The checkpoint that is evaluated.
+        trained: Checkpoints of the trained baselines, by method.
+        settings: Further arguments of the method.
+    Raises:
+        ConfigError: As ``check_method``.
+    """
+    check_method(name, trained)
+    return Memory(trained[name]) if name in trained else METHODS[name](model, **(settings or {}))
 
 
 def budget_of(rate: float | None, tokens: int | None, raw: int, room: int) -> int:

@@ -75,7 +75,7 @@ METHODS: Mapping[str, Style] = {
 
 LATENCY: Mapping[str, Style] = {
     "raw": Style("raw text", _BLACK, "s"),
-    "memory_encoded_now": Style("memory, encoded now", _RED, "^"),
+    "memory_made_now": Style("memory, encoded now", _RED, "^"),
     "memory_ready": Style("memory, ready", _BLUE, "o"),
 }
 """What the time to the first token is measured of."""

@@ -103,7 +103,7 @@ class QuestionAnswering:
 
 
 def _patterns(block: Mapping[str, Any]) -> list[str]:
-    patterns = block.get("corpus", ["corpus/*.jsonl.gz"])
+    patterns = block.get("corpus", ["corpus/*.jsonl*"])
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 

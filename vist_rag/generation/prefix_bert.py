@@ -84,25 +84,36 @@ class CopyAttention(nn.Module):
             mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
                 each of the last ``q``, bool ``[b, q, k]``.
             answer: Which of the last ``q`` positions belong to the answer, bool ``[b, q]``.
-            cache: Keeps keys and words of the first pass, and the answer so far; None where there is none.
+            cache: Keeps keys and words of the first pass, and what the answer holds; None where there is none.
             layer: Its layer for the former; the next one is for the latter.
         Returns:
             Probabilities of the words, float ``[b, q, v]``, and of the places, float ``[b, q, k * SLOTS + 1]``: the
             slots of each position in turn, then the end of the answer.
         """
         count = mask.shape[1]
-        centre = words.mean(0)  # embeddings of one model share a direction that tells nothing
+        # Embeddings of one model share a direction that tells nothing. It and their lengths are worked out once.
+        centre, lengths = getattr(cache, "words", None) or _centred(words)
         queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
+        with torch.no_grad():
+            # What is in the answer already is hardly the next word.
+            own = F.normalize(written - centre, dim=-1)
+            repeated = (_EXACT * (own @ words.T - (own @ centre)[..., None]) / lengths).softmax(-1)
+            fresh = (1 - REPEATED * repeated * answer[..., None]).cumprod(1)
         if cache is not None and cache.get_seq_length(layer):
             keys, ids = cache.layers[layer].keys, cache.layers[layer].values
-            written = cache.update(written[:, None], written[:, None], layer + 1)[0][:, 0]
-            answer = F.pad(answer, (written.shape[1] - count, 0), value=True)
+            fresh = fresh * cache.layers[layer + 1].keys[:, 0]
         else:
             if shown is None:
                 shown = torch.full((*states.shape[:2], SLOTS), -1, device=states.device)
             keys, ids = self._keys(states, shown, words - centre)[:, None], shown.flatten(1)[:, None, :, None]
             if cache is not None:
                 keys, ids = cache.update(keys, ids.float(), layer)  # the cache is of floats; bf16 holds no id above 256
+        if cache is not None:
+            cache.words = centre, lengths
+            # Of all that was written, how fresh each word still is: one row, which goes where its answer goes.
+            so_far = fresh[:, None, -1:]
+            cache.layers[layer + 1] = DynamicLayer()
+            cache.update(so_far, so_far[..., :1], layer + 1)
         ids = ids[:, 0, :, 0].long()
         keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
         scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
@@ -111,11 +122,6 @@ class CopyAttention(nn.Module):
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
         index = ids.clamp(min=0)[:, None].expand(-1, count, -1)
         copied = weights.new_zeros(*weights.shape[:2], len(words)).scatter_add(2, index, weights[..., :-1])
-        with torch.no_grad():
-            directions = F.normalize(words - centre, dim=-1)
-            repeated = (_EXACT * F.normalize(written - centre, dim=-1) @ directions.T).softmax(-1)
-            # What is in the answer already is hardly the next word.
-            fresh = (1 - REPEATED * repeated * answer[..., None]).cumprod(1)[:, -count:]
         ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
         return copied * fresh + weights[..., -1:] * ends, weights
 
@@ -132,6 +138,13 @@ class CopyAttention(nn.Module):
         keys = F.linear(states, of_state, self.key.bias).repeat_interleave(SLOTS, dim=1)
         named = torch.cat((directions[ids[there]], directions[before[there]]), dim=-1)  # most slots are empty
         return keys.index_put((there,), F.linear(named, of_words), accumulate=True)
+
+
+def _centred(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of the embeddings, float ``[d]``, and the distance of each from it, float ``[v]``."""
+    centre = words.mean(0)
+    with torch.no_grad():
+        return centre, (words - centre).norm(dim=-1).clamp(min=1e-6)
 
 
 class PrefixBertForCausalLM(BertLMHeadModel):

@@ -295,7 +295,7 @@ def test_a_bad_block_is_refused(model: EvalModel, reading: Reading, change: dict
 def test_missing_passages_name_an_id(model: EvalModel, reading: Reading) -> None:
     path = reading.data / "corpus" / "village.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
-    with pytest.raises(InputError, match="2.*document"):
+    with pytest.raises(InputError, match=r"2.*document"):
         make_task({**QA, "passages": "gold"}, model, reading)
 
 

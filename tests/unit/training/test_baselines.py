@@ -18,7 +18,9 @@ from transformers import BertConfig, BertModel
 import vist_rag.training.recipe as recipe_module
 from tests.support.tiny import BERT_SIZES, TOWER, save_tiny_checkpoint, tiny_tokenizer
 from vist_rag.compression import TextCompressor, VistCompressor
+from vist_rag.compression.resampler import PerceiverResampler, WindowPooling
 from vist_rag.compression.text import DIGITS
+from vist_rag.compression.vision import VisionTower
 from vist_rag.errors import ConfigError, IncompatibleMemoryError
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import load_compressor, read_settings
@@ -144,6 +146,11 @@ def test_a_recipe_without_compressors_is_one_run(base: Path, data: Path, tmp_pat
 def test_a_run_makes_a_model_that_reads_its_memories(model: Path, kind: str) -> None:
     compressor, generator = load(model)
     assert type(compressor) is (VistCompressor if kind == "vist" else TextCompressor)
+    assert type(compressor.resampler) is (
+        PerceiverResampler if kind in ("vist", "text_encoder") else WindowPooling  # flat: a latent a token, as it is
+    )
+    assert compressor.window == COMPRESSORS[kind].get("window", 8)  # 256 patches in 32 latents
+    assert isinstance(compressor.tower, VisionTower) or (compressor.tower.model is None) == (kind == "mean_pool")
     memory = compressor.encode([TEXT])[0]
     assert memory.salience is not None
     prompt = PromptTemplate().build("When was it built?", [], [memory])
