@@ -134,6 +134,12 @@ class FusionConfig:
         _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)
         _check(
+            "spelling_width",
+            self.spelling_width,
+            allowed=f"3 numbers for each of the {self.tokens} tokens",
+            ok=self.tokens <= 0 or self.spelling_width == 3 * self.tokens,
+        )
+        _check(
             "tokens",
             self.tokens,
             allowed="0, or 1 or more without spelling",

@@ -98,10 +98,14 @@ def test_the_paper_beside_ours() -> None:
 
 
 def test_measured(tiny: Path) -> None:
-    report = run_json("--measure", "--model", tiny, "--repeats", 2, "--k", 1, "--words", 10)
+    document = run_json("--measure", "--model", tiny, "--repeats", 2, "--k", "2,1", "--words", 10)
+    assert document["format"] == "vist-rag-latency/1"
+    assert [(p["method"], p["k"]) for p in document["points"]] == [(name, k) for k in (1, 2) for name in FIRST_TOKEN]
+    report = document["measured"][0]
+    assert report["passages"] == 1
     assert tuple(report["stages_ms"]) == STAGES
     assert all(report["first_token_ms"][name]["median"] > 0 for name in FIRST_TOKEN)
-    assert {"date", "command", "commit", "versions", "machine"} <= set(report)
+    assert {"date", "command", "commit", "versions", "machine"} <= set(document)
     shown = run("--measure", "--model", tiny, "--repeats", 1, "--k", 1, "--words", 10)
     assert shown.exit_code == 0
     assert "first token, memory ready" in shown.stdout
@@ -118,6 +122,7 @@ def test_measured(tiny: Path) -> None:
         (("--fusion", "none"), "fusion must be one of soft_prompt, cross_attention, got 'none'"),
         (("--paper", "--measure"), "--paper and --measure must not be given together"),
         (("--measure", "--repeats", 0), "--repeats must be 1 or more, got 0"),
+        (("--measure", "--k", "1,many"), "--k must be numbers of 1 or more, separated by commas, got '1,many'"),
         (("--measure", "--words", 0), "words must be 1 or more, got 0"),
         (("--tower", "tinyllama-1.1b", "--generator", "vit-l-14"), "generator must be a causal language model"),
     ],

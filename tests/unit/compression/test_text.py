@@ -518,6 +518,8 @@ def test_a_generator_reads_and_can_copy_the_tokens_of_a_memory(tmp_path: Path) -
 def test_tokens_and_spelling_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match="tokens must be 0, or 1 or more without spelling, got 3"):
         FusionConfig(16, 32, tokens=3, spelling_width=9, spelling=20)
+    with pytest.raises(ConfigError, match="spelling_width must be 3 numbers for each of the 3 tokens, got 0"):
+        FusionConfig(16, 32, tokens=3)
     with pytest.raises(ConfigError, match="tokens must be 0, or 1 or more without spelling, got -1"):
         FusionConfig(16, 32, tokens=-1)
     assert isinstance(SoftPromptFusion(FusionConfig(16, 32, tokens=1, spelling_width=3)).projector[1], nn.Linear)

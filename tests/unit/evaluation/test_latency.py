@@ -10,7 +10,15 @@ import torch
 from tests.support.causal import causal_generator
 from tests.support.tiny import tiny_compressor, tiny_generator
 from vist_rag.errors import ConfigError, InputError
-from vist_rag.evaluation.latency import FIRST_TOKEN, STAGES, WARM_UP, measure_latency, peak_memory, sample_passages
+from vist_rag.evaluation.latency import (
+    FIRST_TOKEN,
+    STAGES,
+    WARM_UP,
+    measure_latency,
+    peak_memory,
+    points_of,
+    sample_passages,
+)
 from vist_rag.generation import PromptTemplate
 
 SHORT = PromptTemplate(raw="{text}", untitled="{text}", memory="", question="{question}")
@@ -96,3 +104,16 @@ def test_peak_memory_of_a_gpu_is_that_of_its_tensors() -> None:
     report = measure_latency(compressor, generator, SHORT, passages=sample_passages(1, 8), repeats=1)
     weights = sum(p.numel() * p.element_size() for p in generator.model.parameters())
     assert report["peak_memory"]["bytes"] > weights
+
+
+def test_points_for_the_report() -> None:
+    took = {"median": 5.0, "q25": 4.0, "q75": 7.0}
+    reports = [
+        {"passages": 1, "first_token_ms": {"raw": took, "memory_ready": {**took, "median": 2.0}}},
+        {"passages": 9, "first_token_ms": {"raw": None, "memory_ready": took}},
+    ]
+    assert points_of(reports) == [
+        {"method": "raw", "k": 1, "ttft_ms": 5.0, "ttft_ms_quartiles": [4.0, 7.0]},
+        {"method": "memory_ready", "k": 1, "ttft_ms": 2.0, "ttft_ms_quartiles": [4.0, 7.0]},
+        {"method": "memory_ready", "k": 9, "ttft_ms": 5.0, "ttft_ms_quartiles": [4.0, 7.0]},
+    ]
