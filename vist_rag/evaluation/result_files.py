@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ Result = dict[str, Any]
 Setting = tuple[float | None, float | None]
 """The rate, and the number of tokens, that a cell was asked for; either may be none."""
 
+_FILE = re.compile(r"^(?:.*/)?([^/]+?)\.(?:jsonl?|parquet)(?:\.gz)?(?:#.*)?$")
+"""A data set that is a file is called by its name alone."""
 _LARGEST = 1e15
 _PAIR_NUMBERS = ("rate", "tokens", "against_rate", "against_tokens", "difference", "wins", "losses", "p")
 
@@ -97,6 +100,7 @@ def _check_eval(document: Result, path: Path) -> None:
     if task == "qa":
         keys["top_k"] = int
     _check_keys(document, keys, path)
+    document["dataset"] = _FILE.sub(r"\1", document["dataset"])
     if task == "qa" and document["top_k"] < 1:
         raise _broken(path, f"top_k must be 1 or more, got {document['top_k']}")
     metrics = document["metrics"]

@@ -282,3 +282,12 @@ def test_without_matplotlib_nothing_is_written(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(MissingDependencyError, match=r"pip install 'vist-rag\[eval\]'"):
         write_report(results, tmp_path / "docs" / "page.md")
     assert not (tmp_path / "docs").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "shown"),
+    [("reader/squad.dev.jsonl.gz", "squad.dev"), ("mine.json#a", "mine"), ("owner/name", "owner/name"), ("nq", "nq")],
+)
+def test_a_file_is_called_by_its_name_alone(tmp_path: Path, dataset: str, shown: str) -> None:
+    page = _page(tmp_path, block([cell("memory", 2.0, 10.0)], dataset=dataset))
+    assert f"### {shown}\n" in page
