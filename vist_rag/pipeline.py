@@ -272,6 +272,10 @@ def load_compressor(directory: Path, *, device: str | None = None) -> PassageCom
         )
     except Exception as error:  # torn safetensors, missing files and bad JSON each raise a class of their own
         raise CheckpointError(f"compressor in {directory} cannot be loaded ({error}); restore its files.") from error
+    if not isinstance(compressor, PassageCompressor):
+        raise CheckpointError(
+            f"compressor in {directory} must be one of vist-rag's, got {type(compressor).__name__}; restore its files."
+        )
     return cast(PassageCompressor, cast(Any, compressor).to(place).eval())
 
 
