@@ -145,7 +145,8 @@ class _Page:
             self.show(plots.score_against_k("score-k", named, of_rate))
         kept: dict[str, Result] = {}
         for block in blocks:
-            if any(map(plots.has_bytes, block["cells"])):
+            told = [cell["method"] for cell in block["cells"] if plots.has_bytes(cell)]
+            if len(set(told)) < len(told):  # a method at two settings: one alone is a point, and no curve
                 kept.setdefault(block["dataset"], block)
         if kept:
             self.add("### Tokens and the memory kept for them", "The first block of each data set that tells.")
