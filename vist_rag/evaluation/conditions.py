@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from vist_rag.compression import VistCompressor, VisualMemory
 from vist_rag.errors import ConfigError
+from vist_rag.evaluation.methods import strangers
 from vist_rag.evaluation.metrics import METRICS, bootstrap_interval
 from vist_rag.generation import MemorySegment, Prompt, PromptTemplate, VistGenerator
 from vist_rag.types import Passage
@@ -70,12 +71,12 @@ def evaluate_conditions(
     passages = {p.id: p for q in questions for p in q.passages}
     made = compressor.encode([p.content for p in passages.values()], progress=progress)
     memories = dict(zip(passages, made, strict=True))
-    strangers = _strangers(questions) if "shuffled_memory" in conditions else []
+    others = strangers([q.passages for q in questions]) if "shuffled_memory" in conditions else []
     runs: dict[str, list[Prompt]] = {}
     for name in conditions:
         for n in latents if "memory" in name else (None,):
             key = name if n is None else f"{name}@{n}"
-            shown = strangers if name == "shuffled_memory" else questions
+            shown = [questions[i] for i in others] if name == "shuffled_memory" else questions
             runs[key] = [
                 _prompt(name, question.question, read.passages, memories, template, n)
                 for question, read in zip(questions, shown, strict=True)
@@ -107,18 +108,6 @@ def evaluate_conditions(
         figures[key] = _figures(some)
         rows += some
     return {"figures": figures, "rows": rows}
-
-
-def _strangers(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
-    """For each question another one, far away in the list, that shares no passage with it."""
-    shift, n = max(1, len(questions) // 2 - 1), len(questions)
-    read = [{p.id for p in question.passages} for question in questions]
-    found = [
-        next((j % n for j in range(i + shift, i + shift + n) if not read[i] & read[j % n]), None) for i in range(n)
-    ]
-    if None in found:
-        raise ConfigError("shuffled_memory must have questions about different passages, got one passage for all.")
-    return [questions[j] for j in found if j is not None]
 
 
 def _prompt(

@@ -31,6 +31,7 @@ class LanguageModelling:
     def __init__(self, block: Mapping[str, Any], model: EvalModel, reading: Reading) -> None:
         self.asked: list[Asked] = []
         self._targets: dict[str, str] = {}
+        self._lengths: dict[str, int] = {}
         encoded, text, scored = (
             int(block.get(name, default))
             for name, default in (("encoded_tokens", 2048), ("text_tokens", 2048), ("scored", 256))
@@ -65,7 +66,8 @@ class LanguageModelling:
             # The nearest passage is the best one: what a small budget drops is the farthest.
             self.asked.append(Asked(f"{number:05}", shown, tuple(map(Passage, reversed(passages)))))
             self._targets[f"{number:05}"] = target
-        self._scored = scored
+            # Cut out of its text, the end may take a token more than it did there.
+            self._lengths[f"{number:05}"] = model.generator.count_tokens(target)
         self.facts: dict[str, Any] = {"encoded_tokens": encoded, "text_tokens": text, "scored": scored}
         self.facts["lower_is_better"] = ["perplexity"]
 
@@ -78,7 +80,7 @@ class LanguageModelling:
 
     def answer_tokens(self, asked: Asked) -> int:
         """The scored ones."""
-        return self._scored
+        return self._lengths[asked.id]
 
     def judge(self, model: EvalModel, asked: Sequence[Asked], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         """How likely the end is."""

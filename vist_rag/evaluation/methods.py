@@ -59,11 +59,10 @@ class EvalModel:
 
     def remember(self, passages: Sequence[Passage]) -> None:
         """Compress what is not compressed yet, once for all methods, and keep it as an index does: in float16."""
-        lacking = {p.id: p for p in passages if p.id not in self.memories}
-        for id_, memory in zip(
-            lacking, self.compressor.encode([p.content for p in lacking.values()], progress=False), strict=True
-        ):
-            self.memories[id_] = self.compressor.memory(memory.latents.half())
+        # By content: blocks of one run may call different passages by one id.
+        lacking = list(dict.fromkeys(p.content for p in passages if p.content not in self.memories))
+        for content, memory in zip(lacking, self.compressor.encode(lacking), strict=True):
+            self.memories[content] = self.compressor.memory(memory.latents.half())
 
     def raw_tokens(self, passage: Passage) -> int:
         """Positions that a passage takes as text."""
@@ -155,7 +154,7 @@ class FrequencyDeletion(ClosedBook):
     def prepare(self, asked: Sequence[Asked]) -> None:
         """Count tokens."""
         counts: Counter[int] = Counter()
-        for passage in {p.id: p for row in asked for p in row.passages}.values():
+        for passage in dict.fromkeys(p for row in asked for p in row.passages):
             counts.update(self.model.generator.tokenize(passage.text).tolist())
         self._counts = counts
 
@@ -235,7 +234,7 @@ class Memory:
 
     def read(self, passages: Sequence[Passage], budget: int) -> list[VisualMemory]:
         """The memories, best first, in at most ``budget`` positions."""
-        memories = [self.model.memories[p.id] for p in passages]
+        memories = [self.model.memories[p.content] for p in passages]
         sizes = share(
             [self.model.raw_tokens(p) for p in passages], list(map(len, memories)), budget, self.model.memory_frame
         )
@@ -260,18 +259,12 @@ class ShuffledMemory(Memory):
     def prepare(self, asked: Sequence[Asked]) -> None:
         """Find a stranger for each question, far away in the list."""
         super().prepare(asked)
-        ids = [{p.id for p in row.passages} for row in asked]
-        n, shift = len(asked), max(1, len(asked) // 2 - 1)
-        self._others: dict[tuple[str, ...], tuple[Passage, ...]] = {}
-        for i, row in enumerate(asked):
-            found = next((j % n for j in range(i + shift, i + shift + n) if not ids[i] & ids[j % n]), None)
-            if found is None:
-                raise ConfigError("shuffled_memory must have questions about different passages, got one for all.")
-            self._others[tuple(p.id for p in row.passages)] = asked[found].passages
+        found = strangers([row.passages for row in asked])
+        self._others = {row.passages: asked[i].passages for row, i in zip(asked, found, strict=True)}
 
     def read(self, passages: Sequence[Passage], budget: int) -> list[VisualMemory]:
         """Another question's memories."""
-        return super().read(self._others[tuple(p.id for p in passages)], budget)
+        return super().read(self._others[tuple(passages)], budget)
 
 
 class BlankMemory(Memory):
@@ -305,6 +298,20 @@ TRAINED = ("memory_matched", "mean_pool", "text_encoder", "text_encoder_flat")
 """Memory of other compressors, each by a checkpoint of its own: ``vist-rag train baselines``."""
 WITHOUT_BUDGET = ("closed_book",)
 """Methods that no budget changes: one figure."""
+
+
+def strangers(read: Sequence[Sequence[Passage]]) -> list[int]:
+    """For each question, by the passages that are read for it, another one far away that shares none of them.
+
+    Raises:
+        ConfigError: If a question has no such other.
+    """
+    ids = [{p.id for p in passages} for passages in read]
+    n, shift = len(read), max(1, len(read) // 2 - 1)
+    found = [next((j % n for j in range(i + shift, i + shift + n) if not ids[i] & ids[j % n]), None) for i in range(n)]
+    if None in found:
+        raise ConfigError("shuffled_memory must have questions about different passages, got one passage for all.")
+    return [j for j in found if j is not None]
 
 
 def share(raw: Sequence[int], full: Sequence[int], budget: int, frame: int) -> list[int]:
@@ -386,6 +393,3 @@ def budget_of(rate: float | None, tokens: int | None, raw: int, room: int) -> in
     """Positions that the passages may take: the raw ones over the rate, or a fixed number, and never more than fit."""
     asked = tokens if tokens is not None else raw if rate is None else math.floor(raw / rate)
     return max(1, min(asked, room))
-
-
-__all__ = ["METHODS", "TRAINED", "Asked", "EvalModel", "Method", "budget_of", "make_method", "share"]

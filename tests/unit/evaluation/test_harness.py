@@ -253,6 +253,20 @@ def test_language_modelling(model: EvalModel, reading: Reading) -> None:
         make_task({**block, "text_tokens": 12}, model, reading)
 
 
+def test_what_is_scored_fits_although_it_takes_more_tokens_when_cut_out(reading: Reading) -> None:
+    # Letters are tokens here, and only the first of a word is one without "##": cut out, "ridges" begins a word.
+    (reading.data / "long.txt").write_text("oldbridges " * 60)
+    small = with_context(tiny_model(), 90)
+    block = {"task": "lm", "texts": ["long.txt"], "encoded_tokens": 70, "text_tokens": 23, "scored": 11}
+    block |= {"name": "village", "methods": ["truncated"], "rates": [1.0], "top_k": 1}
+    task = make_task(block, small, reading)
+    lengths = {task.answer_tokens(one) for one in task.asked}
+    run(block, small, reading)
+    rows = rows_of(reading)
+    assert {row["scored_tokens"] for row in rows} == lengths
+    assert all(row["prompt_tokens"] + row["scored_tokens"] <= 90 for row in rows)
+
+
 def test_blocks_of_a_recipe_are_named_and_spread() -> None:
     recipe = {"seed": 3, "limit": 9, "blocks": [{**QA, "name": "a-k{k}", "top_k": [1, 5]}, {"task": "lm", "seed": 4}]}
     first, second, third = blocks_of(recipe)

@@ -10,8 +10,9 @@ import torch
 
 from tests.support.evaluation import PASSAGES, asked, tiny_model
 from vist_rag.errors import ConfigError, MissingDependencyError
-from vist_rag.evaluation.methods import METHODS, EvalModel, budget_of, cut, make_method, share
+from vist_rag.evaluation.methods import METHODS, Asked, EvalModel, budget_of, cut, make_method, share
 from vist_rag.generation import MemorySegment, TextSegment
+from vist_rag.types import Passage
 
 LOCAL = [name for name in METHODS if name != "llmlingua2"]
 
@@ -105,7 +106,7 @@ def test_memory_of_a_small_budget_keeps_the_latents_that_matter_most(model: Eval
     method = make_method("memory", model, {}, {})
     method.prepare(asked())
     (memory,) = memories_of(method.prompt(PASSAGES[:1], "q", 8 + model.memory_frame))
-    whole = model.memories["bridge"]
+    whole = model.memories[PASSAGES[0].content]
     assert torch.equal(memory.latents, whole.coarsen(8).latents)
     assert memory.latents.dtype == torch.float16
 
@@ -129,9 +130,9 @@ def test_shuffled_memory_is_that_of_another_question(model: EvalModel) -> None:
     method.prepare(questions)
     for one in questions:
         (memory,) = memories_of(method.prompt(one.passages, one.question, 1000))
-        owners = [id_ for id_, m in model.memories.items() if torch.equal(m.latents, memory.latents)]
+        owners = [content for content, m in model.memories.items() if torch.equal(m.latents, memory.latents)]
         assert owners
-        assert one.passages[0].id not in owners
+        assert one.passages[0].content not in owners
 
 
 def test_shuffling_one_passage_is_refused(model: EvalModel) -> None:
@@ -201,3 +202,15 @@ def test_llmlingua_is_asked_for_its_share_and_held_to_the_budget(model: EvalMode
     assert [context for context, _ in calls] == [[p.text] for p in PASSAGES[:2]]
     assert all(0 < rate < 1 for _, rate in calls)
     assert model.passage_tokens(prompt, "q") <= 20
+
+
+def test_passages_of_one_id_and_different_texts_have_memories_of_their_own(model: EvalModel) -> None:
+    method = make_method("memory", model, {})
+    found = []
+    for text in ("the old bridge", "marie was born by the lake and the sea"):
+        passage = Passage(text, "same id")
+        method.prepare([Asked("q", "q", (passage,))])
+        found.append(memories_of(method.prompt([passage], "q", 1000))[0])
+    alone = model.compressor.encode(["marie was born by the lake and the sea"])[0]
+    assert torch.equal(found[1].latents, alone.latents.half())
+    assert len(found[0]) != len(found[1])
