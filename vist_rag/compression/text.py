@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from vist_rag.compression.compressor import PassageCompressor
 from vist_rag.compression.resampler import PerceiverResampler, WindowPooling
 from vist_rag.config import ResamplerConfig
-from vist_rag.errors import CheckpointError, ConfigError, InputError
+from vist_rag.errors import CheckpointError, ConfigError
 from vist_rag.rendering import Pages
+from vist_rag.rendering.pages import check_texts
 
 DIGITS = 3
 """Numbers that a token id takes in a latent."""
@@ -81,11 +82,7 @@ class TokenRenderer:
         Raises:
             InputError: If an item is not a string.
         """
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of strings, got one string; wrap it: render([text]).")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"texts must be strings, got {type(text).__name__} at {i}; decode bytes first.")
+        check_texts(texts)
         rows: list[tuple[int, list[int], list[tuple[int, int]]]] = []
         encodings = self.tokenizer.encode_batch(
             [text.encode("utf-8", "replace").decode() for text in texts], add_special_tokens=False

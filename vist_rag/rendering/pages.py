@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,3 +70,16 @@ class Pages:
         picture = np.pad(grey, ((0, 0), (0, gap), (0, 0)), constant_values=_GAP).reshape(rows * (size + gap), -1)
         picture = np.pad(picture, ((gap, 0), (gap, gap)), constant_values=_GAP)
         return Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1))
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what cannot be made into pages.
+
+    Raises:
+        InputError: If it is one string, or an item is not a string.
+    """
+    if isinstance(texts, str):
+        raise InputError("texts must be a list of strings, got one string; wrap it: render([text]).")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"texts must be strings, got {type(text).__name__} at {i}; decode bytes first.")

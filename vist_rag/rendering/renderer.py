@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vist_rag.config import RendererConfig
-from vist_rag.errors import ConfigError, InputError
+from vist_rag.errors import ConfigError
 from vist_rag.rendering.layout import Lines, patch_spans, set_lines
-from vist_rag.rendering.pages import Pages
+from vist_rag.rendering.pages import Pages, check_texts
 from vist_rag.rendering.raster import Sheet
 from vist_rag.rendering.typeface import Pictures, Typeface
 
@@ -53,11 +53,7 @@ class Renderer:
         Raises:
             InputError: If an item is not a string.
         """
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of strings, got one string; wrap it: render([text]).")
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"texts must be strings, got {type(text).__name__} at {i}; decode bytes first.")
+        check_texts(texts)
         lines = set_lines(texts, self.atlas, self.config.page_width_px)
         size, s = self.config.patch_size_px, self.config.page_patches
         used = torch.from_numpy(-(-lines.widths // size)).to(self._device)  # patches that hold text, rounded up
