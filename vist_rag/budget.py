@@ -1,4 +1,4 @@
-"""Slow-fast routing: which passages are read raw, which as memory, and in how many latents."""
+"""Slow-fast routing: which passages are read raw, which as memory, and at how many positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Plan:
     Attributes:
         raw: Read as text.
         compressed: Read as memory.
-        latents: Latents of each compressed passage; None means all that its memory has.
+        latents: Positions at most of each compressed passage; None means one for each latent of its memory.
     """
 
     raw: tuple[SearchHit, ...]
@@ -31,7 +31,7 @@ class Budget:
     Attributes:
         k_raw: The best ``k_raw`` hits are read as text.
         k_memory: The next ``k_memory`` are read as memory.
-        latents: At most so many latents a passage; None means all that its memory has.
+        latents: Positions at most of a passage that is read as memory; None means one for each of its latents.
         tokens: Upper limit for all passages of a prompt. Where given, as many of the ``k_raw + k_memory`` best hits as
             fit are read as memory; what is left of the budget turns the best of them raw, up to ``k_raw``.
     Raises:

@@ -80,8 +80,9 @@ class ResamplerConfig:
             than one are concatenated, so that memory keeps both how a word is spelt and what it means.
         spelling_width: Width of a second part of each latent, a linear view of its own window: how its words are
             spelt. 0 leaves it out.
-        salience: Whether the first number of each latent says how much it matters, so that a coarser memory keeps what
-            matters most.
+        salience: Whether the first number of each latent says how rare the words of its window are; the projector
+            reads it with the rest.
+        mask_blank: Whether blank patches are left out of attention, as they should be; an ablation.
     """
 
     latents_per_page: int = 64
@@ -92,6 +93,7 @@ class ResamplerConfig:
     tower_layers: tuple[int, ...] = (-1,)
     spelling_width: int = 0
     salience: bool = False
+    mask_blank: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tower_layers", tuple(self.tower_layers))

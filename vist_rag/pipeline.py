@@ -70,12 +70,14 @@ class VistRAG:
 
         Args:
             checkpoint: Local directory with ``compressor/``, ``generator/``, ``fusion/`` and ``vist.json``, or a hub id
-                of such a directory; None means the embedded model.
+                of such a directory; None means the embedded model. Pretrained models that it refers to are loaded from
+                where they are.
             index: Where passages and their memories are.
             budget: None means the checkpoint's own.
             device: None means cuda, then mps, then cpu.
         Raises:
-            CheckpointError: If something is missing or cannot be read.
+            CheckpointError: If something is missing or cannot be read, or a model that is referred to was changed.
+            MissingDependencyError: If the generator has a LoRA adapter and peft is not installed.
         """
         directory = find_checkpoint(checkpoint)
         settings = read_settings(directory)
@@ -263,13 +265,15 @@ def load_compressor(directory: Path, *, device: str | None = None) -> PassageCom
     """The compressor of a checkpoint directory, on its device: bf16 on cuda, float32 elsewhere.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If it cannot be read, or the tower that it refers to is missing or was changed.
     """
     place = torch.device(device) if device else best_device()
     try:
         compressor = AutoModel.from_pretrained(
             directory / "compressor", dtype=torch.bfloat16 if place.type == "cuda" else torch.float32
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # torn safetensors, missing files and bad JSON each raise a class of their own
         raise CheckpointError(f"compressor in {directory} cannot be loaded ({error}); restore its files.") from error
     if not isinstance(compressor, PassageCompressor):

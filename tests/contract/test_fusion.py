@@ -14,8 +14,8 @@ from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
-from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, itself
-from vist_rag.generation.prefix_bert import SLOTS, PrefixBertForCausalLM
+from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, merged, show, side_by_side
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 
 QUESTION = TextSegment("question when was the bridge built answer")
 
@@ -33,9 +33,9 @@ def transparent(request: pytest.FixtureRequest) -> VistGenerator:
     generator.fusion.speller = None
     generator.fusion.boundaries = nn.Parameter(torch.empty(0, 32))
 
-    def shown(_: VistGenerator, latents: Tensor) -> Tensor:
+    def shown(_: VistGenerator, latents: Tensor, places: Tensor) -> Tensor:
         table = generator.model.get_input_embeddings().weight
-        return itself(torch.cdist(latents, table).argmin(-1))
+        return show(torch.cdist(latents, table).argmin(-1), places, int(places[-1]) + 1)
 
     generator.fusion.shown = shown  # type: ignore[method-assign]  # a latent spells the token that it is
     return generator
@@ -45,8 +45,9 @@ def memory(n: int, seed: int = 1, width: int = 16) -> VisualMemory:
     return VisualMemory(torch.randn(n, width, generator=torch.Generator().manual_seed(seed)), "compressor")
 
 
-def reading(n: int, seed: int = 1) -> Prompt:
-    return Prompt((TextSegment("document "), MemorySegment(memory(n, seed)), QUESTION))
+def reading(n: int, seed: int = 1, size: int | None = None) -> Prompt:
+    read = memory(n, seed).coarsen(size or n)
+    return Prompt((TextSegment("document "), MemorySegment(read), QUESTION))
 
 
 def embedded(generator: VistGenerator, text: str) -> VisualMemory:
@@ -122,6 +123,7 @@ def test_a_batch_reads_as_one_by_one(generator: VistGenerator) -> None:
         Prompt((QUESTION,)),
         reading(1, seed=3),
         Prompt((TextSegment("the sea"), *reading(4).segments)),
+        reading(12, seed=5, size=2),  # more slots a position than the others
     ]
     with generator.fusion.condition(generator, prompts) as inputs:
         assert inputs["attention_mask"].sum(1).tolist() == [generator.prompt_length(p) for p in prompts]
@@ -147,7 +149,8 @@ def test_a_batch_reads_as_one_by_one(generator: VistGenerator) -> None:
 
 @torch.no_grad()
 def test_cached_generation_equals_a_full_forward(generator: VistGenerator) -> None:
-    with generator.fusion.condition(generator, [reading(7), reading(2, seed=4)]) as inputs:
+    prompts = [reading(7), reading(2, seed=4), reading(11, seed=6, size=3)]
+    with generator.fusion.condition(generator, prompts) as inputs:
         out = generator.model.generate(
             **inputs,
             max_new_tokens=6,
@@ -156,7 +159,7 @@ def test_cached_generation_equals_a_full_forward(generator: VistGenerator) -> No
             output_logits=True,
             return_dict_in_generate=True,
         )
-        assert out.sequences.shape == (2, 6)
+        assert out.sequences.shape == (3, 6)
         expected = full_logits(generator, inputs, out.sequences)
     torch.testing.assert_close(torch.stack(out.logits, dim=1), expected, atol=1e-4, rtol=1e-4)
 
@@ -239,6 +242,83 @@ def test_a_damaged_fusion_is_refused(tmp_path: Any, file: str, content: bytes | 
         SoftPromptFusion.from_pretrained(tmp_path)
 
 
+# ---------------------------------------------------------------------------------------------------- shared positions
+
+
+def test_latents_of_a_position_mean_their_mean() -> None:
+    meaning = torch.tensor([[1.0, 2.0], [3.0, 4.0], [10.0, -20.0], [1.0, 1.0], [1.0, 3.0], [4.0, 2.0]])
+    assert merged(meaning, torch.tensor([0, 0, 1, 2, 2, 2])).tolist() == [[2, 3], [10, -20], [2, 2]]
+    torch.testing.assert_close(merged(meaning, torch.zeros(6, dtype=torch.long)), torch.tensor([[20 / 6, -8 / 6]]))
+    assert torch.equal(merged(meaning, torch.arange(6)), meaning)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_many_is_exact_in_half_precision(dtype: torch.dtype) -> None:
+    meaning = torch.rand(512, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mean = merged(meaning, torch.zeros(512, dtype=torch.long))
+    assert mean.dtype == dtype
+    torch.testing.assert_close(mean[0], meaning.double().mean(0).to(dtype))
+
+
+def test_tokens_of_a_place_stand_side_by_side_in_order() -> None:
+    shown = show(torch.tensor([7, 8, 9, 5, 6]), torch.tensor([1, 1, 1, 3, 3]), 5)
+    assert shown.tolist() == [[-1] * 3, [7, 8, 9], [-1] * 3, [5, 6, -1], [-1] * 3]
+    nothing = torch.tensor([], dtype=torch.long)
+    assert show(nothing, nothing, 2).tolist() == [[-1], [-1]]
+
+
+def test_rows_of_slots_are_made_as_wide_as_the_widest() -> None:
+    rows = [torch.tensor([[1], [2]]), torch.tensor([[3, 4, -1]])]
+    assert side_by_side(rows).tolist() == [[1, -1, -1], [2, -1, -1], [3, 4, -1]]
+    padded = [[[1, -1, -1], [2, -1, -1]], [[-1, -1, -1], [3, 4, -1]]]
+    assert side_by_side(rows, batch=True).tolist() == padded
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_a_coarser_memory_means_the_mean_and_spells_all_of_it(size: int) -> None:
+    generator = causal_generator("prefix_bert")
+    texts = ("the old", " bridge was", " built", " in 1867", " by marie curie")
+    spelling(generator, *texts)
+    fusion, words = generator.fusion, generator.model.get_input_embeddings().weight
+    coarse = memory(5).coarsen(size)
+    soft, shown = fusion.read(generator, coarse.latents, coarse.places)
+    groups = [[i for i in range(5) if i * size // 5 == place] for place in range(size)]
+    assert len(soft) == len(shown) == size + 2
+    assert torch.equal(soft[[0, -1]], fusion.boundaries)
+    assert (shown[[0, -1]] == -1).all()
+    for group, position, tokens in zip(groups, soft[1:-1], shown[1:-1], strict=True):
+        expected = generator.tokenize("".join(texts[i] for i in group))
+        assert tokens[tokens >= 0].tolist() == expected.tolist()
+        meaning = torch.stack([fusion.meaning(coarse.latents[i]) for i in group]).mean(0)
+        torch.testing.assert_close(position, meaning + words[expected].mean(0) - words.mean(0))
+    assert shown[shown >= 0].tolist() == generator.tokenize("".join(texts)).tolist()
+
+
+@torch.no_grad()
+def test_a_memory_that_is_as_large_as_it_can_be_reads_as_it_always_did() -> None:
+    generator = causal_generator("prefix_bert")
+    fusion, words, latents = generator.fusion, generator.model.get_input_embeddings().weight, memory(6).latents
+    soft, shown = fusion.read(generator, latents)
+    assert torch.equal(soft, fusion.join(fusion.meaning(latents), shown[1:-1], words))
+    told = fusion.read(generator, latents, memory(6).places)
+    assert torch.equal(told[0], soft)
+    assert torch.equal(told[1], shown)
+
+
+@torch.no_grad()
+def test_any_generator_reads_a_memory_at_any_number_of_positions(generator: VistGenerator) -> None:
+    last, frame = [], generator.prompt_length(reading(1)) - 1
+    for size in (9, 4, 2, 1):
+        prompt = reading(9, size=size)
+        with generator.fusion.condition(generator, [prompt]) as inputs:
+            assert inputs["attention_mask"].shape == (1, frame + size)
+            last.append(generator.model(**inputs).logits[0, -1])
+        answer = generator.generate([prompt], max_new_tokens=3)[0]
+        assert answer.prompt_tokens == generator.prompt_length(prompt) == frame + size
+    assert all((last[i] - last[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+
+
 # ------------------------------------------------------------------------------------------------------------- spelling
 
 
@@ -250,8 +330,8 @@ def spelling(generator: VistGenerator, *texts: str) -> None:
 def test_tokens_belong_to_the_latent_that_spells_their_middle() -> None:
     generator = causal_generator("prefix_bert")
     spelling(generator, "the bri", "dge was", " built ", "", "in 1867")
-    shown = generator.fusion.shown(generator, torch.zeros(5, 16))
-    assert shown.shape == (5, SLOTS)
+    shown = generator.fusion.shown(generator, torch.zeros(5, 16), torch.arange(5))
+    assert shown.shape == (5, max((row >= 0).sum() for row in shown))  # no more slots than are needed
     spelt = [generator.tokenizer.convert_ids_to_tokens(row[row >= 0].tolist()) for row in shown]
     expected = generator.tokenizer.tokenize("the bridge was built in 1867")
     assert [token for row in spelt for token in row] == expected
@@ -279,7 +359,7 @@ def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:
     spelling(generator, "the river", " runs")
     prompt = Prompt((MemorySegment(memory(2)), TextSegment("question where")))
     with generator.fusion.condition(generator, [prompt, Prompt((TextSegment("where"),))]) as inputs:
-        assert inputs["shown"].shape == (*inputs["attention_mask"].shape, SLOTS)
+        assert inputs["shown"].shape == (*inputs["attention_mask"].shape, 2)  # "the river"
         first = inputs["shown"][0]
         assert generator.tokenizer.decode(first[first >= 0]) == "[CLS] the river runs question where"
         assert (inputs["shown"][1][inputs["attention_mask"][1] == 0] == -1).all()

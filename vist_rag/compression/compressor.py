@@ -17,10 +17,12 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from vist_rag.compression.memory import VisualMemory
-from vist_rag.compression.resampler import PerceiverResampler
+from vist_rag.compression.referenced import load_tower
+from vist_rag.compression.resampler import PerceiverResampler, windows_of_text
 from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError
+from vist_rag.references import Reference
 from vist_rag.rendering import GlyphAtlas, Pages, Renderer
 
 _NO_SETTING = frozenset({"architectures", "dtype", "transformers_version"})
@@ -35,6 +37,8 @@ class VistConfig(PreTrainedConfig):
         tower: Config of the vision tower, with its ``model_type``.
         resampler: Fields of ``ResamplerConfig``.
         atlas: Sizes of the glyph atlas that the checkpoint holds: ``glyphs``, ``width``, ``codepoints``, ``origin``.
+        tower_reference: Fields of the ``Reference`` that the tower's weights come from; None: from the checkpoint. A
+            model in memory holds all its weights, so there it is None.
     """
 
     model_type = "vist_compressor"
@@ -42,6 +46,14 @@ class VistConfig(PreTrainedConfig):
     tower: dict[str, Any] | None = None
     resampler: dict[str, Any] | None = None
     atlas: dict[str, int] | None = None
+    tower_reference: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; ``tower_reference`` where there is one."""
+        fields: dict[str, Any] = super().to_dict()
+        if fields.get("tower_reference") is None:
+            fields.pop("tower_reference", None)
+        return fields
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.renderer = asdict(RendererConfig(**(self.renderer or {})))
@@ -135,6 +147,10 @@ class PassageCompressor(PreTrainedModel):
         """
         first = torch.arange(patch_mask.shape[1], device=patch_mask.device) == 0
         patch_mask = patch_mask | first  # a blank page is its first patch: attention over nothing is NaN
+        if not self.resampler_config.mask_blank:
+            features = self.features(pixel_values, torch.ones_like(patch_mask))
+            latents, _ = self.resampler(features, torch.ones_like(patch_mask))
+            return latents, windows_of_text(patch_mask, self.window)
         features = self.features(pixel_values, patch_mask)
         latents, standing = self.resampler(features, patch_mask[:, : features.shape[1]])
         return latents, standing
@@ -184,8 +200,7 @@ class PassageCompressor(PreTrainedModel):
 
     def memory(self, latents: Tensor) -> VisualMemory:
         """The memory whose latents, float ``[n, d]``, this compressor made."""
-        salience = latents[:, 0] if self.resampler_config.salience else None
-        return VisualMemory(latents, self.fingerprint, salience)
+        return VisualMemory(latents, self.fingerprint)
 
     def _page_latents(self, pages: Pages, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         for begin in range(0, len(pages), batch_size):
@@ -219,6 +234,7 @@ class VistCompressor(PassageCompressor):
         self.resampler_config = ResamplerConfig(**(config.resampler or {}))
         vision = tower_config(config.tower)
         _check_sizes(vision, self.renderer_config)
+        vision.dtype = None  # that of the whole model, however the tower was stored before
         self.tower = VisionTower.from_config(vision)
         layers = self.resampler_config.tower_layers
         self.resampler = PerceiverResampler(
@@ -234,6 +250,27 @@ class VistCompressor(PassageCompressor):
         self.register_load_state_dict_post_hook(_forget)
         self.tower.requires_grad_(False)
         self.post_init()
+        if config.tower_reference is not None:  # from_pretrained fills it in
+            self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), r"^tower\."}
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """As of every ``PreTrainedModel``; the tower may come from the model that the checkpoint refers to.
+
+        Raises:
+            CheckpointError: If that model is missing, was changed, or does not fit.
+        """
+        loaded: Any = super().from_pretrained(*args, **kwargs)  # with output_loading_info, a tuple
+        compressor = cast(VistCompressor, loaded[0] if isinstance(loaded, tuple) else loaded)
+        config = compressor.config
+        if config.tower_reference is not None:
+            reference = Reference.read(config.tower_reference, f"config of {compressor.name_or_path}")
+            tower = load_tower(reference, tower_config(config.tower))
+            cast(VisionTower, compressor.tower).model.load_state_dict(tower.state_dict())
+            config.tower_reference = None
+            _forget(compressor, None)
+        compressor.tower.requires_grad_(False)  # loading makes new parameters
+        return cast(Self, loaded)
 
     @classmethod
     def build(
@@ -302,7 +339,9 @@ class VistCompressor(PassageCompressor):
     def _settings(self) -> list[Any]:
         config = self.config
         tower = {k: v for k, v in config.tower.items() if k not in _NO_SETTING and not k.startswith("_")}
-        return [config.renderer, config.resampler, config.atlas, tower]
+        # What was added since, and changes nothing where it is not set, leaves the memories of before their fingerprint.
+        resampler = {k: v for k, v in config.resampler.items() if k != "mask_blank" or not v}
+        return [config.renderer, resampler, config.atlas, tower]
 
 
 def _forget(compressor: PassageCompressor, _: Any) -> None:

@@ -1,13 +1,16 @@
-"""VisualMemory: the latents of one passage, and coarser memories derived from them."""
+"""VisualMemory: the latents of one passage, read at as many positions as there is room for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vist_rag.errors import ConfigError, ShapeError
+
+PASSAGE_GAP = " | "
+"""Between passages that share a strip: white space of any length is one space there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,41 +20,41 @@ class VisualMemory:
     Attributes:
         latents: float ``[n, d]``, in reading order: each stands for a window of the rendered text.
         fingerprint: Of the compressor that made them.
-        salience: How much each latent matters, float ``[n]``; None where its compressor does not say.
+        size: Positions that it takes in a prompt, 1 to n; None means one for each latent.
     """
 
     latents: Tensor
     fingerprint: str
-    salience: Tensor | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if self.latents.dim() != 2 or len(self.latents) == 0:
             raise ShapeError(f"latents must be [n, d] with n of 1 or more, got {list(self.latents.shape)}.")
+        if self.size is not None and not 1 <= self.size <= len(self.latents):
+            raise ConfigError(f"size must be in 1..{len(self.latents)} (latents of this memory), got {self.size}.")
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return self.size or len(self.latents)
 
-    def coarsen(self, n_latents: int) -> VisualMemory:
-        """A memory of at most ``n_latents`` of its latents, in reading order; itself where it is small enough.
+    @property
+    def places(self) -> Tensor:
+        """Position at which each latent is read, int64 ``[n]``, ascending: neighbours share one."""
+        return places(len(self.latents), len(self))
 
-        Those that matter most are kept, and where salience is unknown, evenly spread ones. Kept latents stay whole: an
-        average of neighbours says little, because the letters of both are blurred (``benchmarks/elastic.py``).
+    def coarsen(self, size: int) -> VisualMemory:
+        """The same memory at ``size`` positions at most; itself where it is small enough.
+
+        Neighbours are read together: the generator is given the mean of what they mean and all that they spell. No
+        tower is needed, and nothing is left out (``benchmarks/elastic.py``).
 
         Raises:
-            ConfigError: If ``n_latents`` is less than 1.
+            ConfigError: If ``size`` is less than 1.
         """
-        if n_latents < 1:
-            raise ConfigError(f"n_latents must be 1 or more, got {n_latents}.")
-        if n_latents >= len(self):
-            return self
-        kept = keep(len(self), n_latents, self.salience)
-        salience = None if self.salience is None else self.salience[kept]
-        return VisualMemory(self.latents[kept], self.fingerprint, salience)
+        if size < 1:
+            raise ConfigError(f"size must be 1 or more, got {size}.")
+        return self if size >= len(self) else replace(self, size=size)
 
 
-def keep(n: int, size: int, salience: Tensor | None = None) -> Tensor:
-    """Which ``size`` latents of ``n`` a coarser memory keeps: int64 ``[size]``, ascending."""
-    if salience is None:
-        return (2 * torch.arange(size) + 1) * n // (2 * size)
-    order = salience.argsort(descending=True, stable=True)  # equals in reading order, on every machine
-    return order[:size].sort().values
+def places(n: int, size: int) -> Tensor:
+    """Position of each of ``n`` latents among ``size``: int64 ``[n]``, ascending, groups as equal as can be."""
+    return torch.arange(n) * size // n

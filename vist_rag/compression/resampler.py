@@ -51,7 +51,7 @@ class PerceiverResampler(nn.Module):
 
     Latent ``i`` starts from a learned query plus a projection of the ``s / latents_per_page`` neighbouring patches
     that it stands for, and then attends to the whole page. So a page that holds little text needs few latents, and
-    a coarser memory is some of its latents: no tower is needed.
+    neighbours can be read together, as a coarser memory: no tower is needed.
 
     Args:
         config: Sizes.

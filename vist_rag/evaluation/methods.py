@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vist_rag.compression import PassageCompressor, VisualMemory
+from vist_rag.compression.memory import PASSAGE_GAP
 from vist_rag.errors import ConfigError, MissingDependencyError
 from vist_rag.evaluation.provenance import directory_hash
 from vist_rag.generation import Prompt, PromptTemplate, VistGenerator
@@ -219,7 +220,7 @@ class LLMLingua2(ClosedBook):
 
 
 class Memory:
-    """Memory: every passage in its share of the latents that the budget allows, those that matter most."""
+    """Memory: every passage in its share of the positions that the budget allows."""
 
     def __init__(self, model: EvalModel) -> None:
         self.model = model
@@ -229,7 +230,7 @@ class Memory:
         self.model.remember([p for row in asked for p in row.passages])
 
     def prompt(self, passages: Sequence[Passage], question: str, budget: int) -> Prompt:
-        """Memories of as many of the best passages as have room for a latent."""
+        """Memories of as many of the best passages as have room for a position."""
         return self.model.template.build(question, [], self.read(passages, budget))
 
     def read(self, passages: Sequence[Passage], budget: int) -> list[VisualMemory]:
@@ -251,6 +252,24 @@ class SlowFast(Memory):
         if left < (self.model.memory_frame + 1 if others else 0):
             return super().prompt(passages, question, budget)
         return self.model.template.build(question, passages[:1], self.read(others, left) if others else [])
+
+
+class JoinedMemory(Memory):
+    """One memory of all passages, rendered one behind the other as the paper does: made anew for every question."""
+
+    def prepare(self, asked: Sequence[Asked]) -> None:
+        """Compress each question's passages together."""
+        self.model.remember([self._joined(row.passages) for row in asked])
+
+    def read(self, passages: Sequence[Passage], budget: int) -> list[VisualMemory]:
+        """The one memory, in at most ``budget`` positions."""
+        memory = self.model.memories[self._joined(passages).content]
+        return [memory.coarsen(max(1, min(len(memory), budget - self.model.memory_frame)))]
+
+    @staticmethod
+    def _joined(passages: Sequence[Passage]) -> Passage:
+        # The best last, next to the question, as in every prompt.
+        return Passage(PASSAGE_GAP.join(p.content for p in reversed(passages)))
 
 
 class ShuffledMemory(Memory):
@@ -279,7 +298,7 @@ class BlankMemory(Memory):
         """Memories of the same sizes that say nothing."""
         blank = self._blank.latents[:1]
         return [
-            VisualMemory(blank.expand(len(memory), -1), memory.fingerprint) for memory in super().read(passages, budget)
+            replace(memory, latents=blank.expand(len(memory.latents), -1)) for memory in super().read(passages, budget)
         ]
 
 
@@ -290,6 +309,7 @@ METHODS: dict[str, Callable[[EvalModel], Method]] = {
     "frequency": FrequencyDeletion,
     "llmlingua2": LLMLingua2,
     "memory": Memory,
+    "joined_memory": JoinedMemory,
     "slow_fast": SlowFast,
     "shuffled_memory": ShuffledMemory,
     "blank_memory": BlankMemory,

@@ -19,6 +19,7 @@ from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError
 from vist_rag.generation.fusion import SoftPromptFusion
 from vist_rag.generation.int8 import is_int8, load_int8
 from vist_rag.generation.prompt import Prompt, TextSegment
+from vist_rag.generation.referenced import is_referenced, load_referenced
 from vist_rag.generation.streaming import Pieces, StopAt, holds_any, until
 
 _PLACEHOLDER = "\u2042vist\u2042"
@@ -78,17 +79,20 @@ class VistGenerator:
         """Load a generator and, where given, the fusion that was trained for it.
 
         Args:
-            model: Hub id or local directory of a causal LM.
+            model: Hub id or local directory of a causal LM, or a checkpoint's directory that refers to one.
             fusion: Directory that ``SoftPromptFusion.save_pretrained`` wrote.
             device: None means cuda, then mps, then cpu.
             dtype: Of the weights; None means bf16 on cuda and float32 elsewhere.
         Raises:
-            CheckpointError: If the model cannot be loaded.
+            CheckpointError: If the model cannot be loaded, or the one that is referred to is missing or was changed.
+            MissingDependencyError: If it has a LoRA adapter and peft is not installed.
         """
         device = torch.device(device) if device is not None else best_device()
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         try:
-            if is_int8(model):
+            if is_referenced(model):
+                lm = load_referenced(Path(model), dtype)
+            elif is_int8(model):
                 lm = load_int8(Path(model), dtype)
             else:
                 lm = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)

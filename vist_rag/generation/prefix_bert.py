@@ -27,8 +27,6 @@ class PrefixBertConfig(BertConfig):
         super().__post_init__(**kwargs)
 
 
-SLOTS = 6
-"""Words that a position shows at most, in reading order; further ones cannot be copied."""
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
 _EXACT = 50.0  # of the cosine between a word and itself: all others are nothing beside it
@@ -45,12 +43,21 @@ def ranks(places: Tensor) -> Tensor:
     return result
 
 
+def last_shown(ids: Tensor) -> Tensor:
+    """Of each slot, the last slot before it that shows a word, -1 where there is none: int64 ``[b, s]`` both."""
+    place = torch.arange(ids.shape[1], device=ids.device)
+    return F.pad(torch.where(ids >= 0, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+
+
 class CopyAttention(nn.Module):
     """Points at where the next word stands in the prompt, or at the end of the answer.
 
     A position of text shows its own word, a position of memory the words that its latent spells. So a word can be
     copied whether or not training has seen it. Only the prompt is copied from, never the answer itself. Source: the
     pointer-generator of arXiv:1704.04368, as a product of experts in the place of a mixture.
+
+    An answer is a span more often than not: the place right behind the one that the word just written was copied from
+    has a bonus, ``go_on``, as large as it is sure that the word came from there.
     """
 
     def __init__(self, width: int) -> None:
@@ -59,6 +66,7 @@ class CopyAttention(nn.Module):
         self.query = nn.Linear(2 * width, width)
         self.key = nn.Linear(3 * width, width)
         self.end = nn.Parameter(torch.empty(width))
+        self.go_on = nn.Parameter(torch.empty(()))
 
     def forward(
         self,
@@ -79,15 +87,17 @@ class CopyAttention(nn.Module):
             written: Input embeddings of the last ``q``, float ``[b, q, d]``.
             words: Embeddings of all words, float ``[v, d]``.
             end: The word that ends an answer.
-            shown: Words that each position shows, int64 ``[b, t, SLOTS]``, -1 where there are fewer. None in a later
+            shown: Words that each position shows, int64 ``[b, t, s]``, -1 where there are fewer. None in a later
                 pass.
             mask: Which of the ``k`` positions of the first pass, the one that reads the prompt, may be copied from by
                 each of the last ``q``, bool ``[b, q, k]``.
-            answer: Which of the last ``q`` positions belong to the answer, bool ``[b, q]``.
-            cache: Keeps keys and words of the first pass, and what the answer holds; None where there is none.
+            answer: Which of the last ``q`` positions belong to the answer, bool ``[b, q]``. None of it may be missing:
+                what was written before tells what is copied next.
+            cache: Keeps keys and words of the first pass, what the answer holds and where was pointed at last; None
+                where there is none.
             layer: Its layer for the former; the next one is for the latter.
         Returns:
-            Probabilities of the words, float ``[b, q, v]``, and of the places, float ``[b, q, k * SLOTS + 1]``: the
+            Probabilities of the words, float ``[b, q, v]``, and of the places, float ``[b, q, k * s + 1]``: the
             slots of each position in turn, then the end of the answer.
         """
         count = mask.shape[1]
@@ -98,44 +108,60 @@ class CopyAttention(nn.Module):
             # What is in the answer already is hardly the next word.
             own = F.normalize(written - centre, dim=-1)
             repeated = (_EXACT * (own @ words.T - (own @ centre)[..., None]) / lengths).softmax(-1)
-            fresh = (1 - REPEATED * repeated * answer[..., None]).cumprod(1)
+            repeated = repeated * answer[..., None]
+            fresh = (1 - REPEATED * repeated).cumprod(1)
+        pointed = None
         if cache is not None and cache.get_seq_length(layer):
             keys, ids = cache.layers[layer].keys, cache.layers[layer].values
             fresh = fresh * cache.layers[layer + 1].keys[:, 0]
+            pointed = cache.layers[layer + 1].values[:, 0, 0]
         else:
             if shown is None:
-                shown = torch.full((*states.shape[:2], SLOTS), -1, device=states.device)
+                shown = torch.full((*states.shape[:2], 1), -1, device=states.device)
             keys, ids = self._keys(states, shown, words - centre)[:, None], shown.flatten(1)[:, None, :, None]
             if cache is not None:
                 keys, ids = cache.update(keys, ids.float(), layer)  # the cache is of floats; bf16 holds no id above 256
-        if cache is not None:
-            cache.words = centre, lengths
-            # Of all that was written, how fresh each word still is: one row, which goes where its answer goes.
-            so_far = fresh[:, None, -1:]
-            cache.layers[layer + 1] = DynamicLayer()
-            cache.update(so_far, so_far[..., :1], layer + 1)
         ids = ids[:, 0, :, 0].long()
         keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
         scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
-        allowed = mask.repeat_interleave(SLOTS, dim=-1) & (ids >= 0)[:, None]
+        allowed = mask.repeat_interleave(ids.shape[1] // mask.shape[-1], dim=-1) & (ids >= 0)[:, None]
         allowed = F.pad(allowed, (0, 1), value=True)
-        weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        # A copy goes on behind the place that the word just written was copied from.
+        last = last_shown(ids)
+        same = repeated.gather(2, ids.clamp(min=0)[:, None].expand(-1, count, -1))
+        columns = []
+        for column in range(count):
+            score = scores[:, column]
+            if pointed is not None:
+                copied_from = pointed[:, :-1] * same[:, column]
+                copied_from = copied_from / (copied_from.sum(-1, keepdim=True) + 1e-3)
+                next_one = copied_from.gather(1, last.clamp(min=0)) * (last >= 0)
+                score = score + F.pad(self.go_on * next_one, (0, 1))
+            pointed = score.softmax(-1)
+            columns.append(pointed)
+        weights = torch.stack(columns, 1)
+        if cache is not None:
+            cache.words, cache.prompt_length = (centre, lengths), mask.shape[-1]
+            # How fresh each word still is, and where was pointed at last: a row each, which go where the answer goes.
+            cache.layers[layer + 1] = DynamicLayer()
+            cache.update(fresh[:, None, -1:], weights[:, None, -1:], layer + 1)
         index = ids.clamp(min=0)[:, None].expand(-1, count, -1)
         copied = weights.new_zeros(*weights.shape[:2], len(words)).scatter_add(2, index, weights[..., :-1])
         ends = F.one_hot(torch.tensor(end, device=copied.device), len(words)).to(copied.dtype)
         return copied * fresh + weights[..., -1:] * ends, weights
 
     def _keys(self, states: Tensor, shown: Tensor, words: Tensor) -> Tensor:
-        """Keys of all slots, float ``[b, t * SLOTS, d]``; ``words`` are centred."""
+        """Keys of all slots, float ``[b, t * s, d]``; ``words`` are centred."""
         ids = shown.flatten(1)
-        there, place = ids >= 0, torch.arange(ids.shape[1], device=ids.device)
+        there = ids >= 0
         # The word before is the last one that was shown, in this position or an earlier one.
-        last = F.pad(torch.where(there, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
+        last = last_shown(ids)
         before = torch.where(last >= 0, ids.gather(1, last.clamp(min=0)), -1)
         size = words.norm(dim=-1).mean()
         directions = F.pad(size * F.normalize(words, dim=-1), (0, 0, 0, 1))  # the last row, -1, is nothing
         of_state, of_words = self.key.weight.split((states.shape[-1], 2 * states.shape[-1]), dim=1)
-        keys = F.linear(states, of_state, self.key.bias).repeat_interleave(SLOTS, dim=1)
+        keys = F.linear(states, of_state, self.key.bias).repeat_interleave(shown.shape[-1], dim=1)
         named = torch.cat((directions[ids[there]], directions[before[there]]), dim=-1)  # most slots are empty
         return keys.index_put((there,), F.linear(named, of_words), accumulate=True)
 
@@ -183,7 +209,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             token_type_ids: int64 ``[b, t]``; None means 0 everywhere.
             prefix_mask: True where a position belongs to the prompt, bool ``[b, t]``; the prompt is read in both
                 directions, the rest from left to right. None: all of the first forward pass is prompt.
-            shown: Words that each position shows, int64 ``[b, t, SLOTS]``, -1 where there are fewer; None means
+            shown: Words that each position shows, int64 ``[b, t, s]``, -1 where there are fewer; None means
                 ``input_ids``, and where there are none, nothing can be copied.
             use_cache: Keep keys and values.
             logits_to_keep: Logits of so many last positions only; 0 means all.
@@ -201,7 +227,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         cache = self._cache(past_key_values, use_cache=use_cache)
         prompt = prefix_mask.bool() if prefix_mask is not None else present
         if past:  # what the first pass read
-            prompt = prompt[:, : cache.get_seq_length(self.config.num_hidden_layers) // SLOTS]
+            prompt = prompt[:, : cache.prompt_length]
         own = torch.eye(past + length, dtype=torch.bool, device=embeddings.device)[None, past:]
         causal = torch.ones(length, past + length, dtype=torch.bool, device=embeddings.device).tril(past)
         both_ways = F.pad(prompt, (0, past + length - prompt.shape[1]))[:, None]
@@ -217,22 +243,26 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             output_hidden_states=output_hidden_states,
         )
         states = read.last_hidden_state
-        kept = states[:, -logits_to_keep:] if logits_to_keep else states
+        kept = min(logits_to_keep or length, length)
+        answer = torch.ones_like(states[..., 0], dtype=torch.bool) if past else present & ~prompt
+        # What is copied depends on all of the answer so far, also where the logits of its end are enough.
+        first = 0 if past else length - kept
+        if prefix_mask is not None and not past:
+            before = int((~answer.any(0)).long().cumprod(0).sum())  # columns before any answer
+            first = min(first, max(0, before - 1))
         # A word to be copied is never the one that stands at this very position.
-        copyable = (seen & both_ways & ~own)[:, -kept.shape[1] :, : prompt.shape[1]]
+        copyable = (seen & both_ways & ~own)[:, first:, : prompt.shape[1]]
         head, words = self.cls.predictions, cast(Tensor, self.get_input_embeddings().weight)
         layer, end = self.config.num_hidden_layers, self.config.eos_token_id
         if shown is None and input_ids is not None:
-            shown = F.pad(input_ids[..., None], (0, SLOTS - 1), value=-1)
-            shown = shown.masked_fill(~present[:, -length:, None], -1)
-        answer = torch.ones_like(kept[..., 0], dtype=torch.bool) if past else (present & ~prompt)[:, -kept.shape[1] :]
+            shown = input_ids[..., None].masked_fill(~present[:, -length:, None], -1)
         copied, pointed = self.copy(
-            states, embeddings[:, -kept.shape[1] :], words, end, shown, copyable, answer, cache, layer
+            states, embeddings[:, first:], words, end, shown, copyable, answer[:, first:], cache, layer
         )
         # Both must agree on a word; a copy of nothing leaves the choice to the language model.
-        logits = head.decoder(head.transform(kept)) + (copied + 1 / len(words)).log()
+        logits = head.decoder(head.transform(states[:, -kept:])) + (copied[:, -kept:] + 1 / len(words)).log()
         return CausalLMOutputWithPast(
-            logits=logits, past_key_values=cache, hidden_states=read.hidden_states, attentions=(pointed,)
+            logits=logits, past_key_values=cache, hidden_states=read.hidden_states, attentions=(pointed[:, -kept:],)
         )
 
     def _cache(self, cache: Any, *, use_cache: bool | None) -> Any:
@@ -249,6 +279,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         super()._init_weights(module)
         if isinstance(module, CopyAttention):
             init.zeros_(module.end)
+            init.constant_(module.go_on, 4.0)
             # A position starts by pointing behind its own word; a latent shows several words, so at the word too.
             eye = torch.eye(len(module.end), dtype=module.end.dtype, device=module.end.device)
             init.copy_(module.query.weight, torch.cat((module.query.weight[:, : len(eye)], 12 * eye), dim=1))

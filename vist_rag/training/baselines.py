@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,23 +21,70 @@ from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.pipeline import find_checkpoint, load_compressor
-from vist_rag.training.recipe import RecipeRun, base_model, plain
+from vist_rag.training.parts import atlas, base_model, plain
+from vist_rag.training.recipe import override
+from vist_rag.training.run import RecipeRun
 
 
-def recipe_runs(recipe: dict[str, Any], data: Path, output: Path) -> list[RecipeRun]:
-    """What a recipe asks for: one run, or one for each of its ``[compressors]``, in a folder of its own."""
-    if "compressors" not in recipe:
-        return [RecipeRun(recipe, data, output)]
-    return [
-        BaselineRun({**recipe, "compressor": {"kind": name, **settings}}, data, output / name)
-        for name, settings in recipe["compressors"].items()
-    ]
+def recipe_runs(
+    recipe: Mapping[str, Any], data: Path, output: Path, *, only: str | None = None, **options: Any
+) -> list[RecipeRun]:
+    """What a recipe asks for: one run, or one for each of its ``[compressors]`` or ``[ablations]``, each in its folder.
+
+    Args:
+        recipe: What ``load_recipe`` read.
+        data: Folder of the data.
+        output: Folder of the runs.
+        only: Names of runs, separated by commas; None means all.
+        **options: ``skip_bad`` and ``judge`` of ``RecipeRun``.
+    Raises:
+        ConfigError: If ``only`` names no run.
+    """
+    kinds, ablations = recipe.get("compressors", {}), recipe.get("ablations", {})
+    known = [*kinds, *ablations]
+    names = known if only is None else only.split(",")
+    if unknown := [name for name in names if name not in known]:
+        listed = ", ".join(known) or "none (this recipe is one run)"
+        raise ConfigError(f"--only must name runs among {listed}, got {unknown[0]!r}.")
+    plans = dict.fromkeys(names, recipe) or {"": recipe}
+    plans |= {name: {**recipe, "compressor": {"kind": name, **kinds[name]}} for name in names if name in kinds}
+    plans |= {name: override(recipe, ablations[name].get("set", ())) for name in names if name in ablations}
+
+    def run_of(plan: Mapping[str, Any]) -> type[RecipeRun]:
+        return BaselineRun if "compressor" in plan else ContinuedRun if "start" in plan else RecipeRun
+
+    return [run_of(plan)(plan, data, output / name, **options) for name, plan in plans.items()]
 
 
 KINDS = ("vist", "text_encoder", "text_encoder_flat", "mean_pool")
 
 
-class BaselineRun(RecipeRun):
+class ContinuedRun(RecipeRun):
+    """A recipe whose ``[start]`` names a finished checkpoint, a directory or ``embedded``: it is taught further."""
+
+    def parts(self) -> tuple[PassageCompressor, VistGenerator]:
+        """Compressor and generator of the checkpoint."""
+        torch.manual_seed(self.seed)
+        directory = self._checkpoint()
+        generator = VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device="cpu")
+        generator.fusion.bind("")  # what is trained on becomes another compressor
+        return load_compressor(directory, device="cpu"), generator
+
+    def tokenizer(self) -> tuple[Tokenizer, list[int]]:
+        """The generator's tokenizer, and the id that each of its tokens has in the base model."""
+        own = plain(Tokenizer.from_file(str(self._checkpoint() / "generator" / "tokenizer.json")))
+        if "base" not in self.recipe.get("generator", {}):
+            return own, []
+        full = Tokenizer.from_file(str(base_model(self.recipe["generator"]["base"]) / "tokenizer.json"))
+        pieces = sorted(own.get_vocab().items(), key=lambda item: item[1])
+        return own, [cast(int, full.token_to_id(piece)) for piece, _ in pieces]
+
+    def _checkpoint(self) -> Path:
+        name = self.recipe["start"]["checkpoint"]
+        return find_checkpoint(None if name == "embedded" else name)
+
+
+class BaselineRun(ContinuedRun):
     """A recipe whose ``[start]`` names a finished checkpoint: its generator stays as it is, its compressor is replaced.
 
     ``kind`` in ``[compressor]``: ``vist`` (the checkpoint's vision tower, a fresh resampler), ``text_encoder`` (a text
@@ -62,17 +110,6 @@ class BaselineRun(RecipeRun):
         fusion.boundaries.data.copy_(old.boundaries)  # the generator knows these
         return compressor, VistGenerator(generator.model, generator.tokenizer, fusion)
 
-    def tokenizer(self) -> tuple[Tokenizer, list[int]]:
-        """The generator's tokenizer, and the id that each of its tokens has in the base model."""
-        own = plain(Tokenizer.from_file(str(self._checkpoint() / "generator" / "tokenizer.json")))
-        full = Tokenizer.from_file(str(base_model(self.recipe["generator"]["base"]) / "tokenizer.json"))
-        pieces = sorted(own.get_vocab().items(), key=lambda item: item[1])
-        return own, [cast(int, full.token_to_id(piece)) for piece, _ in pieces]
-
-    def _checkpoint(self) -> Path:
-        name = self.recipe["start"]["checkpoint"]
-        return find_checkpoint(None if name == "embedded" else name)
-
     def _compressor(self, generator: VistGenerator) -> PassageCompressor:
         """The compressor that the recipe names."""
         settings: dict[str, Any] = self.recipe["compressor"]
@@ -82,8 +119,12 @@ class BaselineRun(RecipeRun):
         sizes = ResamplerConfig(**settings.get("resampler", {}))
         if kind == "vist":
             shipped = cast(VistCompressor, load_compressor(self._checkpoint(), device="cpu"))
+            tower = cast(VisionTower, shipped.tower).model
             return VistCompressor.build(
-                cast(VisionTower, shipped.tower).model, self.atlas, renderer=shipped.renderer_config, resampler=sizes
+                tower,
+                atlas(self.recipe),
+                renderer=shipped.renderer_config,
+                resampler=sizes,
             )
         tokenizer, old_ids = self.tokenizer()
         if kind == "mean_pool":

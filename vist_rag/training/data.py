@@ -6,14 +6,50 @@ import gzip
 import json
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from vist_rag.errors import InputError
+from vist_rag.types import Passage
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Lines of a plain or gzipped file that are not blank, each after its number, counted from 1.
+
+    Raises:
+        InputError: If the file is missing or torn.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"data file must exist, got {path}; check --data.")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read after line {number} ({error}); restore the file.") from error
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        ValueError: If it is none; the message says what it must be.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, nested without end
+        raise ValueError(f"must be a JSON object in UTF-8 ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"must be a JSON object in UTF-8 (it is {brief(row)})")
+    return row
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -22,37 +58,50 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: If the file is missing, or a row is no JSON object; the message names file and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"data file must exist, got {path}; check --data.")
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    for number, line in numbered_lines(path):
         try:
-            for number, line in enumerate(file, start=1):  # noqa: B007 - the messages name it
-                if line.strip():
-                    row = json.loads(line.decode())
-                    if not isinstance(row, dict):
-                        raise ValueError(f"it is {row!r:.60}")
-                    yield row
-        except ValueError as error:  # no JSON, no UTF-8
-            raise InputError(f"{path}:{number} must be a JSON object in UTF-8 ({error}).") from error
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} cannot be read after line {number} ({error}); restore the file.") from error
+            row = parse_row(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number} {error}.") from error
+        yield row
 
 
 def expand(data: Path, patterns: Iterable[str]) -> list[Path]:
     """Files under ``data`` that match any of the glob patterns, each once, sorted.
 
     Raises:
-        InputError: If a pattern matches nothing.
+        InputError: If a pattern matches nothing, or is not relative.
     """
     found: set[Path] = set()
     for pattern in patterns:
-        matches = sorted(data.glob(pattern))
+        try:
+            matches = sorted(data.glob(pattern))
+        except (NotImplementedError, ValueError) as error:  # absolute, or empty
+            raise InputError(f"data pattern must be a glob relative to {data}, got {pattern!r} ({error}).") from error
         if not matches:
             raise InputError(f"data pattern {pattern!r} must match a file under {data}, got none; check --data.")
         found.update(matches)
     return sorted(found)
+
+
+def check_text(value: object, field: str) -> str:
+    """``value``, if it is a string that says something and can be written down.
+
+    Raises:
+        ValueError: If not; the message says what a row must have.
+    """
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'must have text as "{field}", got {brief(value)}')
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, no tokenizer takes it
+        raise ValueError(f'must have valid Unicode as "{field}", got {error.reason} at {error.start}') from error
+    return value
+
+
+def optional_text(value: object, field: str) -> str:
+    """As :func:`check_text`; what is missing or blank is empty."""
+    return "" if value is None or (isinstance(value, str) and not value.strip()) else check_text(value, field)
 
 
 def titled(title: str, text: str) -> str:
@@ -69,20 +118,53 @@ class Question:
     title: str
     context: str
 
+    @property
+    def content(self) -> str:
+        """The passage as it is rendered; the same as ``Passage.content``."""
+        return titled(self.title, self.context)
 
-def read_questions(paths: Iterable[Path]) -> list[Question]:
-    """Reader rows ``{"question", "answers", "title", "context"}``; the title may be missing.
+
+def passage_of(row: Mapping[str, Any]) -> Passage:
+    """A row ``{"text", "title"?, "id"?}``.
 
     Raises:
-        InputError: If a row lacks something else, or has no answer; the message names file and row.
+        ValueError: If it has no text, or a field is no text; the message says what it must have.
+    """
+    id_ = row.get("id")
+    id_ = str(id_) if type(id_) is int else optional_text(id_, "id")
+    return Passage(check_text(row.get("text"), "text"), id_, optional_text(row.get("title"), "title"))
+
+
+def question_of(row: Mapping[str, Any]) -> Question:
+    """A reader row ``{"question", "answers", "context", "title"?}``.
+
+    Raises:
+        ValueError: If it lacks something, or something is no text; the message says what it must have.
+    """
+    answers = row.get("answers")
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(f'must have a list of texts as "answers", got {brief(answers)}')
+    return Question(
+        check_text(row.get("question"), "question"),
+        tuple(check_text(answer, "answers") for answer in answers),
+        optional_text(row.get("title"), "title"),
+        check_text(row.get("context"), "context"),
+    )
+
+
+def read_questions(paths: Iterable[Path]) -> list[Question]:
+    """Reader rows of files, all in memory; see :func:`question_of`.
+
+    Raises:
+        InputError: If a row is malformed; the message names file and line.
     """
     questions = []
     for path in paths:
-        for number, row in enumerate(read_jsonl(path), start=1):
-            answers = row.get("answers")
-            if not {"question", "context"} <= row.keys() or not isinstance(answers, list) or not answers:
-                raise InputError(f"{path}, row {number}, must have a question, a context and a list of answers.")
-            questions.append(Question(row["question"], tuple(answers), row.get("title", ""), row["context"]))
+        for number, line in numbered_lines(path):
+            try:
+                questions.append(question_of(parse_row(line)))
+            except ValueError as error:
+                raise InputError(f"{path}:{number} {error}.") from error
     return questions
 
 

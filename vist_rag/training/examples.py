@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vist_rag.training.data import Question, titled
 from vist_rag.types import Passage
@@ -40,6 +44,14 @@ def continue_example(passage: Passage, rng: random.Random, *, words: tuple[int, 
     question = CONTINUE.format(cue=" ".join(spelt[at : at + cue]))
     target = " ".join(spelt[at + cue : at + cue + length]) or spelt[-1]
     return Example((Passage(text, title=passage.title),), question, target, raw)
+
+
+def next_token_example(passage: Passage, rng: random.Random, *, words: tuple[int, int], raw: bool = False) -> Example:
+    """Show the beginning of a passage, between a half and nine tenths of it; the rest is to be written."""
+    spelt = window(passage.text, rng.randint(*words), rng).split()
+    cut = max(1, min(len(spelt) - 1, round(len(spelt) * rng.uniform(0.5, 0.9))))
+    shown = Passage(" ".join(spelt[:cut]), title=passage.title)
+    return Example((shown,), "", " ".join(spelt[cut:]) or spelt[-1], raw)
 
 
 def answer_example(
@@ -77,22 +89,29 @@ class ExampleMix:
     """Draws the examples of one batch: one kind of task, windows of one length, so that little is padding.
 
     Args:
-        stage: ``batch``, ``tasks`` (each with its ``weight`` and ``words``, the shortest and longest window), ``raw``
-            (share of batches that show text instead of memory), ``distractors`` (share of batches of questions that
-            show a second passage).
+        stage: ``batch`` (examples at most), ``batch_words`` (words shown at most; none: any number), ``tasks`` (each
+            with its ``weight`` and ``words``, the shortest and longest window), ``raw`` (share of batches that show
+            text instead of memory), ``distractors`` (share of batches of questions that show other passages too),
+            ``others`` (how many of these at most; none: 1), ``prompt_words`` (words that one example shows at most;
+            none: any number). An answer that is longer is shown whole all the same.
         texts: Plain text.
         questions: Questions with their passages.
-        weights: How often each question is drawn.
+        weights: How often each question is drawn; None means all alike.
     """
 
     def __init__(
-        self, stage: dict[str, Any], texts: Sequence[Passage], questions: Sequence[Question], weights: Sequence[float]
+        self,
+        stage: Mapping[str, Any],
+        texts: Sequence[Passage],
+        questions: Sequence[Question] = (),
+        weights: Sequence[float] | np.ndarray[Any, Any] | None = None,
     ) -> None:
         self.stage, self.texts, self.questions = stage, texts, questions
-        total, self._cumulative = 0.0, []
-        for weight in weights:
-            total += weight
-            self._cumulative.append(total)
+        self._cumulative = np.cumsum(np.ones(len(questions)) if weights is None else weights)
+        self._of_title: dict[str, array[int]] = defaultdict(lambda: array("q"))
+        if stage.get("distractors"):
+            for i, row in enumerate(questions):
+                self._of_title[row.title].append(i)
 
     def __call__(self, rng: random.Random) -> list[Example]:
         """A batch of examples."""
@@ -100,20 +119,40 @@ class ExampleMix:
         task = rng.choices(list(stage["tasks"]), [task["weight"] for task in stage["tasks"].values()])[0]
         raw = rng.random() < stage.get("raw", 0.0)
         longest = rng.randint(*stage["tasks"][task]["words"])
+        others = 0
+        if task == "answer" and rng.random() < stage.get("distractors", 0.0):
+            others = rng.randint(1, stage.get("others", 1))
+        longest = max(1, min(longest, stage.get("prompt_words", longest * (1 + others)) // (1 + others)))
         words = (max(1, longest * 2 // 3), longest)
-        count = stage["batch"]
+        shown = longest * (1 + others)
+        count = max(1, min(stage["batch"], stage.get("batch_words", stage["batch"] * shown) // shown))
         if task == "answer":
-            rows = rng.choices(self.questions, cum_weights=self._cumulative, k=count)
-            return [answer_example(row, rng, words=words, others=self._others(rng, longest), raw=raw) for row in rows]
-        make: Callable[..., Example] = {"reconstruct": reconstruct_example, "continue": continue_example}[task]
+            drawn = [rng.random() * self._cumulative[-1] for _ in range(count)]
+            rows = [self.questions[int(np.searchsorted(self._cumulative, at, side="right"))] for at in drawn]
+            return [
+                answer_example(row, rng, words=words, others=self._others(row, others, rng, words), raw=raw)
+                for row in rows
+            ]
+        make: Callable[..., Example] = {
+            "reconstruct": reconstruct_example,
+            "continue": continue_example,
+            "next_token": next_token_example,
+        }[task]
         passages = rng.choices(self.texts, k=count)
         return [make(passage, rng, words=words, raw=raw) for passage in passages]
 
-    def _others(self, rng: random.Random, words: int) -> list[Passage]:
-        if rng.random() >= self.stage.get("distractors", 0.0):
-            return []
-        other = rng.choice(self.texts)
-        return [Passage(window(other.text, words, rng), title=other.title)]
+    def _others(self, row: Question, count: int, rng: random.Random, words: tuple[int, int]) -> list[Passage]:
+        """Passages that a search might return beside the right one, half of them of its article where there are."""
+        near = self._of_title[row.title] if row.title else array("q")
+        others = []
+        for _ in range(count):
+            other = self.questions[rng.choice(near)] if near and rng.random() < 0.5 else None
+            if other is not None and other.context != row.context:
+                shown = Passage(other.context, title=other.title)
+            else:
+                shown = rng.choice(self.texts)
+            others.append(Passage(window(shown.text, rng.randint(*words), rng), title=shown.title))
+        return others
 
 
 def misspell(text: str, share: float, rng: random.Random) -> str:

@@ -23,6 +23,7 @@ from vist_rag.compression import PassageCompressor
 from vist_rag.generation import SoftPromptFusion
 from vist_rag.generation.fusion.soft_prompt import CHARACTERS
 from vist_rag.rendering import Pages
+from vist_rag.training.objectives import Pve, pooled_words
 from vist_rag.training.tower import TowerReading, patch_targets
 
 CHARACTERS_NONE = len(CHARACTERS)
@@ -54,6 +55,7 @@ class LexicalAlignment(nn.Module):
         word_embeddings: The generator's, float ``[v, d_llm]``; not changed.
         reading: The heads that taught the tower, where it goes on learning to read beside.
         salience: How much each word piece matters, ``piece_salience``; for a compressor that has to tell it.
+        pve: How pages are drawn towards their words as a whole, beside.
     """
 
     word_embeddings: Tensor
@@ -67,9 +69,10 @@ class LexicalAlignment(nn.Module):
         word_embeddings: Tensor,
         reading: TowerReading | None = None,
         salience: Tensor | None = None,
+        pve: Pve | None = None,
     ) -> None:
         super().__init__()
-        self.compressor, self.fusion, self.reading = compressor, fusion, reading
+        self.compressor, self.fusion, self.reading, self.pve = compressor, fusion, reading, pve
         self.register_buffer("word_embeddings", word_embeddings.detach(), persistent=False)
         self.register_buffer("centre", word_embeddings.detach().mean(0), persistent=False)
         self.register_buffer("salience", salience, persistent=False)
@@ -83,6 +86,7 @@ class LexicalAlignment(nn.Module):
         characters: Tensor | None = None,
         words: Tensor | None = None,
         spelling: Tensor | None = None,
+        kept_words: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss, and the share of pieces that are nearer to their latent than all that its window does not hold.
 
@@ -95,6 +99,7 @@ class LexicalAlignment(nn.Module):
             words: The same.
             spelling: Class of each character that a latent shows, int64 ``[p, n, fusion.config.spelling]``; for a
                 fusion that reads spelling.
+            kept_words: Which of the pieces are not masked, bool ``[m]``; for ``pve``.
         """
         figures: dict[str, Tensor] = {}
         if self.reading is not None and characters is not None and words is not None:
@@ -137,8 +142,18 @@ class LexicalAlignment(nn.Module):
             goal = window_salience(pieces, place, len(prompt), self.salience)
             ranked = F.mse_loss(memory[standing][:, 0], goal)
             figures["salience_error"] = ranked.detach() / goal.var()
+        drawn: Tensor | float = 0.0
+        pages = latents[:, 0].unique().tolist()
+        if self.pve is not None and kept_words is not None and len(pages) > 1:
+            means = prompt.split(standing.sum(1).tolist())
+            words_of = [
+                pooled_words(self.word_embeddings, pieces[latents[:, 0] == p], kept_words[latents[:, 0] == p])
+                for p in pages
+            ]
+            drawn = self.pve.loss([means[p] for p in pages], words_of)
+            figures["pve"] = drawn.detach()
         return figures | {
-            "loss": spelt + distance + told + ranked + figures.get("loss", 0.0),
+            "loss": spelt + distance + told + ranked + drawn + figures.get("loss", 0.0),
             "distance": distance.detach(),
             "piece_accuracy": (logits.argmax(-1) == targets).float().mean(),
         }
@@ -205,6 +220,8 @@ def lexical_batch(
     *,
     reading: bool = False,
     spelling: int = 0,
+    pve: Pve | None = None,
+    rng: random.Random | None = None,
 ) -> dict[str, Any]:
     """Pages of the texts, and which latent shows each word piece: the one whose window holds its middle.
 
@@ -214,6 +231,8 @@ def lexical_batch(
         tokenizer: The generator's.
         reading: Add what each patch shows (``patch_targets``).
         spelling: Add the characters of each latent's window, so many at most; 0 leaves them out.
+        pve: Add which pieces are not masked.
+        rng: For the latter.
     """
     pages = compressor.renderer.render(texts)
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
@@ -223,6 +242,9 @@ def lexical_batch(
     shown = patch_targets(texts, pages, encodings) if reading else {}
     if spelling:
         shown["spelling"] = torch.from_numpy(_spelling(pages, texts, compressor.window, spelling))
+    if pve is not None:
+        chance = rng or random.Random(0)
+        shown["kept_words"] = torch.cat([pve.kept(torch.from_numpy(some), chance) for some in ids])
     return shown | {
         "pixel_values": pages.pixel_values,
         "patch_mask": pages.patch_mask,

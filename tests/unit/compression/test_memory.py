@@ -1,46 +1,50 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
 from vist_rag.compression import VisualMemory
-from vist_rag.compression.memory import keep
 from vist_rag.errors import ConfigError, ShapeError
 
 
-def memory(*latents: float) -> VisualMemory:
-    return VisualMemory(torch.tensor([[value, -value] for value in latents]), "abc")
+def memory(*latents: float, size: int | None = None) -> VisualMemory:
+    return VisualMemory(torch.tensor([[value, -value] for value in latents]), "abc", size)
 
 
-def test_coarsen_keeps_latents_whole_and_in_order() -> None:
-    coarse = memory(1, 3, 10, 20, 5, 7).coarsen(3)
-    assert coarse.latents.tolist() == [[3, -3], [20, -20], [7, -7]]
+def test_a_memory_takes_a_position_for_each_latent() -> None:
+    whole = memory(1, 3, 10)
+    assert len(whole) == 3
+    assert whole.places.tolist() == [0, 1, 2]
+    assert whole.places.dtype == torch.long
+
+
+def test_a_coarser_memory_keeps_all_latents_and_neighbours_share_a_position() -> None:
+    whole = memory(1, 3, 10, 20, 5)
+    coarse = whole.coarsen(2)
+    assert coarse.latents is whole.latents
     assert coarse.fingerprint == "abc"
+    assert len(coarse) == 2
+    assert coarse.places.tolist() == [0, 0, 0, 1, 1]
+    assert whole.coarsen(1).places.tolist() == [0] * 5
+    assert len(whole) == 5  # as it was
 
 
-def test_coarsen_spreads_what_it_leaves_out() -> None:
+def test_every_position_has_as_many_latents_as_any_other_give_or_take_one() -> None:
     for n in range(1, 40):
         for size in range(1, n + 1):
-            kept = keep(n, size).tolist()
-            gaps = [b - a for a, b in itertools.pairwise([-1, *kept, n])]
-            assert len(kept) == size
-            assert min(gaps) >= 1
-            assert max(gaps) <= -(-n // size) + 1
+            coarse = memory(*range(n)).coarsen(size)
+            places = coarse.places
+            counts = torch.bincount(places)
+            assert len(coarse) == len(counts) == size
+            assert places.tolist() == sorted(places.tolist())
+            assert counts.min() >= 1
+            assert counts.max() - counts.min() <= 1
 
 
-def test_coarsen_keeps_what_matters_most_in_reading_order() -> None:
-    ranked = VisualMemory(torch.arange(5.0)[:, None], "abc", torch.tensor([0.1, 3.0, 0.2, 2.0, 0.2]))
-    assert ranked.coarsen(2).latents.flatten().tolist() == [1, 3]
-    assert ranked.coarsen(3).latents.flatten().tolist() == [1, 2, 3]  # of equals the first
-    assert ranked.coarsen(3).coarsen(2).latents.flatten().tolist() == [1, 3]
-
-
-def test_coarsen_keeps_the_dtype() -> None:
-    half = VisualMemory(torch.tensor([[1.0], [2.0], [6.0]], dtype=torch.float16), "abc")
-    assert half.coarsen(1).latents.dtype == torch.float16
-    assert half.coarsen(1).latents.tolist() == [[2.0]]
+def test_coarsening_twice_is_coarsening_once() -> None:
+    whole = memory(*range(13))
+    assert whole.coarsen(6).coarsen(4).places.tolist() == whole.coarsen(4).places.tolist()
+    assert len(whole.coarsen(4).coarsen(6)) == 4  # at most so many
 
 
 def test_coarsen_leaves_what_is_small_enough() -> None:
@@ -49,15 +53,17 @@ def test_coarsen_leaves_what_is_small_enough() -> None:
     assert small.coarsen(64) is small
 
 
-@pytest.mark.parametrize("n_latents", [1, 2, 3, 7, 12, 13])
-def test_coarsen_gives_as_many_as_asked(n_latents: int) -> None:
-    assert len(memory(*range(13)).coarsen(n_latents)) == n_latents
+@pytest.mark.parametrize("size", [0, -1])
+def test_coarsen_to_nothing_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=f"size must be 1 or more, got {size}"):
+        memory(1, 2).coarsen(size)
 
 
-@pytest.mark.parametrize("n_latents", [0, -1])
-def test_coarsen_to_nothing_is_refused(n_latents: int) -> None:
-    with pytest.raises(ConfigError, match=f"n_latents must be 1 or more, got {n_latents}"):
-        memory(1, 2).coarsen(n_latents)
+@pytest.mark.parametrize("size", [0, -1, 4])
+def test_a_size_that_the_latents_cannot_fill_is_refused(size: int) -> None:
+    with pytest.raises(ConfigError, match=rf"size must be in 1..3 \(latents of this memory\), got {size}\."):
+        memory(1, 2, 3, size=size)
+    assert len(memory(1, 2, 3, size=3)) == 3
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4,), (1, 4, 4)])

@@ -18,7 +18,6 @@ from vist_rag.compression.text import DIGITS, TextTower, TokenRenderer, read_ids
 from vist_rag.config import FusionConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment
-from vist_rag.generation.prefix_bert import SLOTS
 from vist_rag.pipeline import compress, load_compressor
 from vist_rag.types import Passage
 
@@ -256,9 +255,6 @@ def test_a_batch_is_read_as_one_by_one(compressor: TextCompressor) -> None:
         assert memory.fingerprint == alone.fingerprint == compressor.fingerprint
         assert torch.isfinite(memory.latents).all()
         torch.testing.assert_close(memory.latents, alone.latents, atol=1e-5, rtol=1e-5)
-        assert (memory.salience is not None) == compressor.resampler_config.salience
-        if memory.salience is not None:
-            assert torch.equal(memory.salience, memory.latents[:, 0])
 
 
 def test_latents_end_with_the_ids_of_their_tokens(compressor: TextCompressor) -> None:
@@ -461,16 +457,27 @@ def test_a_latent_shows_exactly_its_tokens(compressor: TextCompressor) -> None:
     generator, window = tiny_generator(), compressor.window
     fusion = fusion_of(compressor.memory_width, window)
     for text, memory in zip(TEXTS, compressor.encode(TEXTS), strict=True):
-        shown = fusion.shown(generator, memory.latents)
+        shown = fusion.shown(generator, memory.latents, memory.places)
+        expected, ids = windows_of(text, window), tokens_of(text)
+        most = max(1, max(sum(token >= 0 for token in row) for row in expected))
         assert shown.dtype == torch.long
-        assert shown.tolist() == [row + [-1] * (SLOTS - window) for row in windows_of(text, window)]
+        assert shown.tolist() == [row[:most] for row in expected]
+        for size in {1, -(-len(memory) // 2), len(memory)}:
+            coarse = memory.coarsen(size)
+            shown = fusion.shown(generator, coarse.latents, coarse.places)
+            assert len(shown) == size
+            assert shown[shown >= 0].tolist() == ids  # all of them, in their order
+            for place, row in enumerate(shown.tolist()):
+                own = [token for at, some in zip(coarse.places, expected, strict=True) if at == place for token in some]
+                assert [token for token in row if token >= 0] == [token for token in own if token >= 0]
 
 
-def test_more_tokens_than_slots_show_the_first() -> None:
-    ids = torch.arange(2 * (SLOTS + 2)).view(2, -1) + 200
+def test_a_latent_shows_however_many_tokens_it_has() -> None:
+    ids = torch.arange(2 * 40).view(2, -1) + 200
     latents = torch.cat((torch.randn(2, 4), write_ids(ids, torch.float32)), dim=1)
-    shown = fusion_of(latents.shape[1], SLOTS + 2).shown(tiny_generator(), latents)
-    assert torch.equal(shown, ids[:, :SLOTS])
+    fusion = fusion_of(latents.shape[1], 40)
+    assert torch.equal(fusion.shown(tiny_generator(), latents, torch.arange(2)), ids)
+    assert torch.equal(fusion.shown(tiny_generator(), latents, torch.zeros(2, dtype=torch.long)), ids.view(1, -1))
 
 
 @torch.no_grad()

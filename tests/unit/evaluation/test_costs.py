@@ -21,7 +21,7 @@ from vist_rag.errors import ConfigError
 from vist_rag.evaluation.costs import Costs, CrossAttention, count_costs, learned_positions
 from vist_rag.evaluation.meters import LiveBytes
 from vist_rag.evaluation.paper_costs import SHAPES, TABLE_1, compare_with_paper, shape
-from vist_rag.generation.prefix_bert import SLOTS, PrefixBertConfig, PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
 
 PATCHES, N = 256, 64
 RESAMPLER = ResamplerConfig(latents_per_page=N, width=16, layers=1, heads=2, tower_layers=(1, -1))
@@ -267,11 +267,11 @@ def test_cross_attention_on_real_tensors() -> None:
     torch.testing.assert_close(block(states, kept=block.key_value(memory)), expected)
 
 
-def test_a_generator_that_copies_counts_as_if_all_slots_were_full() -> None:
+def test_a_generator_that_copies_counts_as_if_every_position_showed_a_word() -> None:
     config = PrefixBertConfig(vocab_size=V, eos_token_id=3, **BERT_SIZES)
     costs = count_costs(None, config, encoded_tokens=0, text_tokens=20)
     model = PrefixBertForCausalLM(config).eval()
-    inputs = {"inputs_embeds": torch.randn(1, 20, 32), "shown": torch.randint(0, V, (1, 20, SLOTS))}
+    inputs = {"inputs_embeds": torch.randn(1, 20, 32), "shown": torch.randint(0, V, (1, 20, 1))}
     assert counted_for_real(lambda: model(**inputs, use_cache=True, logits_to_keep=1)) == flops(costs, "llm")
 
 

@@ -102,12 +102,13 @@ def test_memory_shares_latents_by_length_and_leaves_the_worst_out() -> None:
     assert share([100, 50], [7, 8], 1000, 4) == [7, 8]
 
 
-def test_memory_of_a_small_budget_keeps_the_latents_that_matter_most(model: EvalModel) -> None:
+def test_memory_of_a_small_budget_is_all_of_it_at_fewer_positions(model: EvalModel) -> None:
     method = make_method("memory", model, {}, {})
     method.prepare(asked())
-    (memory,) = memories_of(method.prompt(PASSAGES[:1], "q", 8 + model.memory_frame))
+    (memory,) = memories_of(method.prompt(PASSAGES[:1], "q", 4 + model.memory_frame))
     whole = model.memories[PASSAGES[0].content]
-    assert torch.equal(memory.latents, whole.coarsen(8).latents)
+    assert len(memory) == 4 < len(whole)
+    assert torch.equal(memory.latents, whole.latents)
     assert memory.latents.dtype == torch.float16
 
 
@@ -141,15 +142,16 @@ def test_shuffling_one_passage_is_refused(model: EvalModel) -> None:
         make_method("shuffled_memory", model, {}, {}).prepare([one, one])
 
 
-def test_blank_memory_is_as_large_and_says_the_same_of_every_passage(model: EvalModel) -> None:
+@pytest.mark.parametrize("budget", [8, 30])
+def test_blank_memory_is_as_large_and_says_the_same_of_every_passage(model: EvalModel, budget: int) -> None:
     questions = asked(passages=1)
     memory, blank = (make_method(name, model, {}, {}) for name in ("memory", "blank_memory"))
     for method in (memory, blank):
         method.prepare(questions)
     sizes, rows = [], []
     for one in questions:
-        (real,), (empty,) = (memories_of(m.prompt(one.passages, one.question, 30)) for m in (memory, blank))
-        sizes.append((len(real), len(empty)))
+        (real,), (empty,) = (memories_of(m.prompt(one.passages, one.question, budget)) for m in (memory, blank))
+        sizes += [(len(real), len(empty)), (len(real.latents), len(empty.latents))]
         rows.append(empty.latents[0])
         assert (empty.latents == empty.latents[0]).all()
     assert all(a == b for a, b in sizes)

@@ -19,6 +19,7 @@ MEMORY = VisualMemory(torch.randn(5, 16, generator=torch.Generator().manual_seed
 PROMPTS = {
     "text": Prompt((TextSegment("the old bridge was built in 1867 question when answer"),)),
     "memory": Prompt((TextSegment("document "), MemorySegment(MEMORY), TextSegment("question where answer"))),
+    "coarse": Prompt((TextSegment("document "), MemorySegment(MEMORY.coarsen(2)), TextSegment("question where"))),
 }
 LENGTHS = (3, 1, 7, 1, 2, 5)
 

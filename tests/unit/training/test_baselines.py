@@ -152,7 +152,6 @@ def test_a_run_makes_a_model_that_reads_its_memories(model: Path, kind: str) -> 
     assert compressor.window == COMPRESSORS[kind].get("window", 8)  # 256 patches in 32 latents
     assert isinstance(compressor.tower, VisionTower) or (compressor.tower.model is None) == (kind == "mean_pool")
     memory = compressor.encode([TEXT])[0]
-    assert memory.salience is not None
     prompt = PromptTemplate().build("When was it built?", [], [memory])
     answer = generator.generate([prompt], max_new_tokens=4)[0]
     assert answer.prompt_tokens == generator.prompt_length(prompt)
@@ -260,7 +259,8 @@ def test_the_other_towers_are_those_of_the_start(runs: tuple[dict[str, Path], An
 @pytest.mark.parametrize("kind", [kind for kind in COMPRESSORS if kind != "vist"])  # which reads pictures
 def test_tokens_of_a_memory_are_the_generators_own(runs: tuple[dict[str, Path], Any], kind: str) -> None:
     compressor, generator = load(runs[0][kind])
-    shown = generator.fusion.shown(generator, compressor.encode([TEXT])[0].latents)
+    memory = compressor.encode([TEXT])[0]
+    shown = generator.fusion.shown(generator, memory.latents, memory.places)
     assert shown[shown >= 0].tolist() == generator.tokenize(TEXT).tolist()
 
 

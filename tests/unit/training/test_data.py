@@ -21,7 +21,7 @@ def test_rows_come_in_order_and_blank_lines_do_not_count(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
-@pytest.mark.parametrize("bad", [b'{"a": ', b"[1, 2]", b"3", b'{"a": "\xff"}', b"\x00"])
+@pytest.mark.parametrize("bad", [b'{"a": ', b"[1, 2]", b"3", b'{"a": "\xff"}', b"\x00", b"[" * 200_000])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, suffix: str, bad: bytes) -> None:
     path = tmp_path / f"rows.{suffix}"
     content = b'{"a": 1}\n\n' + bad + b'\n{"a": 2}\n'
@@ -55,19 +55,43 @@ def test_patterns_expand_to_each_file_once(tmp_path: Path) -> None:
         expand(tmp_path, ["*.txt", "x*"])
 
 
-def test_questions_are_read_and_checked(tmp_path: Path) -> None:
+GOOD = {"question": "Who?", "answers": ["Marie", "Curie"], "title": "T", "context": "Marie Curie."}
+
+
+def test_questions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "q.jsonl"
-    good = {"question": "Who?", "answers": ["Marie", "Curie"], "title": "T", "context": "Marie Curie."}
-    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "title": ""}) + "\n")
-    assert read_questions([path])[0] == Question("Who?", ("Marie", "Curie"), "T", "Marie Curie.")
-    for bad in ({"answers": []}, {"answers": "Marie"}, {"answers": None}):
-        path.write_text(json.dumps(good) + "\n" + json.dumps(good | bad) + "\n")
-        with pytest.raises(InputError, match=r"q.jsonl, row 2, must have a question, a context and a list of answers"):
-            read_questions([path])
-    del good["context"]
-    path.write_text(json.dumps(good) + "\n")
-    with pytest.raises(InputError, match="row 1"):
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps({**GOOD, "title": None}) + "\n")
+    first, second = read_questions([path])
+    assert first == Question("Who?", ("Marie", "Curie"), "T", "Marie Curie.")
+    assert first.content == "T: Marie Curie."
+    assert second == Question("Who?", ("Marie", "Curie"), "", "Marie Curie.")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"answers": []}, r'must have a list of texts as "answers", got \[\]'),
+        ({"answers": "Marie"}, "must have a list of texts as \"answers\", got 'Marie'"),
+        ({"answers": None}, 'must have a list of texts as "answers", got None'),
+        ({"answers": ["Marie", ""]}, "must have text as \"answers\", got ''"),
+        ({"answers": [7]}, 'must have text as "answers", got 7'),
+        ({"question": " "}, "must have text as \"question\", got ' '"),
+        ({"context": None}, 'must have text as "context", got None'),
+        ({"context": "\ud800"}, 'must have valid Unicode as "context", got surrogates not allowed at 0'),
+        ({"title": ["T"]}, r'must have text as "title", got \[\'T\'\]'),
+    ],
+)
+def test_a_malformed_question_is_named_by_file_and_line(tmp_path: Path, change: dict[str, object], error: str) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n" + json.dumps(GOOD | change) + "\n")
+    with pytest.raises(InputError, match=f"q.jsonl:3 {error}"):
         read_questions([path])
+
+
+def test_patterns_are_relative(tmp_path: Path) -> None:
+    for pattern in (str(tmp_path / "*.jsonl"), ""):
+        with pytest.raises(InputError, match="data pattern must be a glob relative to"):
+            expand(tmp_path, [pattern])
 
 
 def test_titles_stand_as_in_a_passage() -> None:

@@ -9,14 +9,16 @@ from torch.nn import functional as F  # noqa: N812
 
 from tests.support.causal import causal_generator
 from tests.support.tiny import tiny_compressor
+from vist_rag.errors import ConfigError
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.generation.fusion.soft_prompt import itself
+from vist_rag.generation.fusion.soft_prompt import side_by_side
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.training.data import Question
 from vist_rag.training.examples import (
     CONTINUE,
     RECONSTRUCT,
     Example,
+    ExampleMix,
     answer_example,
     continue_example,
     misspell,
@@ -104,6 +106,73 @@ def test_a_question_shows_its_answer_among_others() -> None:
     assert places == {0, 1, 2}
 
 
+LONG = " ".join(f"word{i}" for i in range(400))
+ARTICLES = [Question("What?", (f"word{i}",), f"article {i % 4}", f"text{i} {LONG}") for i in range(12)]
+TEXTS = [Passage(f"plain{i} {LONG}", title="elsewhere") for i in range(5)]
+
+
+def mix(**stage: Any) -> ExampleMix:
+    settings = {"batch": 6, "tasks": {"answer": {"weight": 1.0, "words": [30, 90]}}} | stage
+    return ExampleMix(settings, TEXTS, ARTICLES, [1.0] * len(ARTICLES))
+
+
+def words_of(example: Example) -> list[int]:
+    return [len(passage.text.split()) for passage in example.passages]
+
+
+def test_a_batch_is_of_one_length_and_the_same_for_the_same_seed() -> None:
+    draw = mix(distractors=0.5, others=3, prompt_words=120, batch_words=300)
+    for seed in range(20):
+        batch = draw(random.Random(seed))
+        assert batch == draw(random.Random(seed)) == mix(**draw.stage)(random.Random(seed))
+        sizes = [size for example in batch for size in words_of(example)]
+        assert max(sizes) <= -(-3 * (min(sizes) + 1) // 2)  # between two thirds and the whole of one length
+    assert len({str(draw(random.Random(seed))) for seed in range(20)}) == 20
+
+
+@pytest.mark.parametrize("batch_words", [1, 100, 250, 400])
+def test_a_batch_shows_no_more_words_than_it_may(batch_words: int) -> None:
+    sizes = set()
+    for seed in range(30):
+        batch = mix(batch_words=batch_words, distractors=0.5, others=2)(random.Random(seed))
+        shown = sum(sum(words_of(example)) for example in batch)
+        sizes.add(len(batch))
+        assert shown <= batch_words or len(batch) == 1  # of one example there is always one
+        assert len(batch) <= 6
+    assert min(sizes) == 1
+    assert (max(sizes) > 1) == (batch_words >= 100)
+    assert len(mix()(random.Random(0))) == 6  # without a limit
+
+
+def test_an_example_shows_no_more_words_than_it_may_whatever_stands_beside() -> None:
+    counts = set()
+    for seed in range(40):
+        for example in mix(distractors=0.7, others=3, prompt_words=100)(random.Random(seed)):
+            counts.add(len(example.passages))
+            assert sum(words_of(example)) <= 100
+            assert min(words_of(example)) >= 100 // 4 * 2 // 3 - 1
+    assert counts == {1, 2, 3, 4}
+    assert all(words_of(e) == [1, 1] for e in mix(distractors=1.0, prompt_words=1)(random.Random(0)))
+    assert {len(e.passages) for seed in range(20) for e in mix(distractors=1.0)(random.Random(seed))} == {2}
+
+
+def test_others_are_of_the_same_article_half_of_the_time_and_never_the_right_passage() -> None:
+    draw, same, rest = mix(distractors=1.0, others=3, tasks={"answer": {"weight": 1.0, "words": [700, 700]}}), 0, 0
+    for seed in range(60):
+        for example in draw(random.Random(seed)):
+            right = next(row for row in ARTICLES if row.answers == (example.target,))
+            assert [p.text for p in example.passages].count(right.context) == 1
+            for passage in example.passages:
+                if passage.text == right.context:
+                    assert passage.title == right.title
+                elif passage.title == "elsewhere":
+                    rest += 1
+                else:
+                    assert passage.title == right.title
+                    same += 1
+    assert 0.3 < same / (same + rest) < 0.6
+
+
 # -------------------------------------------------------------------------------------------------------------- model
 
 EXAMPLES = [
@@ -119,16 +188,18 @@ def model_of(family: str = "prefix_bert", **options: Any) -> MemoryReading:
 
 
 @pytest.mark.parametrize("family", ["prefix_bert", "llama"])
+@pytest.mark.parametrize("rate", [1.0, 0.4, 0.01])
 @torch.no_grad()
-def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
+def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str, rate: float) -> None:
     """Against compressor, template and generator as the pipeline uses them, one example at a time."""
     compressor, generator = tiny_compressor(), causal_generator(family, seed=1)
-    model = MemoryReading(compressor, generator).eval()
+    model = MemoryReading(compressor, generator, rates={rate: 1.0}).eval()
     losses, correct, count = 0.0, 0, 0
     table = generator.model.get_input_embeddings()
     batch = model.batch(EXAMPLES, random.Random(0))
     for example in EXAMPLES:
         memories = compressor.encode([p.content for p in example.passages]) if not example.raw else []
+        memories = [memory.coarsen(max(1, round(rate * len(memory)))) for memory in memories]
         raw = [p for p in example.passages if example.raw]
         # The template writes the best passage last; an example has its passages in the order of writing.
         prompt = PromptTemplate().build(example.question, raw[::-1], memories[::-1])
@@ -153,12 +224,12 @@ def test_loss_is_that_of_the_prompt_that_will_be_asked(family: str) -> None:
 
 def gold_of(model: MemoryReading, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Places to point at for the one prompt of a batch of ideal memory, and what each position shows."""
-    memories = [model._ideal_memory(*pair) for pair in zip(batch["spelt"] or [], batch["kept"], strict=True)]
+    memories = [model._ideal_memory(*pair) for pair in zip(batch["spelt"] or [], batch["places"], strict=True)]
     (row,), (target,) = batch["segments"], batch["targets"]
     prompt = [memories[part][0] if isinstance(part, int) else part for part in row]
-    shown = torch.cat([memories[part][1] if isinstance(part, int) else itself(part) for part in row])
+    shown = side_by_side([memories[part][1] if isinstance(part, int) else part[:, None] for part in row])
     shown = model._all_shown([shown], [target])
-    gold = model._gold([prompt], [row], [target], batch["pointers"], batch["windows"], batch["kept"], shown)
+    gold = model._gold([prompt], [row], [target], batch["pointers"], batch["windows"], batch["places"], shown)
     return gold[0], shown[0].flatten()
 
 
@@ -172,17 +243,35 @@ def test_text_that_is_to_be_written_is_pointed_at() -> None:
         assert set(shown[places[:-1]].tolist()) == {token}
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_latents_that_show_what_is_to_be_written_are_pointed_at(rate: float) -> None:
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.01])
+def test_positions_that_show_what_is_to_be_written_are_pointed_at(rate: float) -> None:
     model = model_of(ideal=1.0, rates={rate: 1.0})
     text = "the lake " * 12 + "in 1867 " + "the sea " * 12
     batch = model.batch([Example((Passage(text),), "when", "in 1867", raw=False)], random.Random(0))
     gold, shown = gold_of(model, batch)
-    ((pieces, windows, count),), (kept,) = batch["windows"], batch["kept"]
-    assert len(kept) == round(rate * count)
-    for token, places in zip(batch["targets"][0][:-1].tolist(), gold, strict=False):
-        (where,) = (pieces == token).nonzero().flatten().tolist()
-        assert shown[places[:-1]].tolist() == [token] * int(windows[where] in kept)  # what is left out shows nothing
+    ((_, _, count),), (places,) = batch["windows"], batch["places"]
+    assert len(places) == count
+    assert int(places[-1]) + 1 == max(1, round(rate * count))
+    for token, there in zip(batch["targets"][0][:-1].tolist(), gold, strict=False):
+        assert shown[there[:-1]].tolist() == [token]  # at every rate: nothing is left out
+
+
+def test_the_place_to_point_at_is_the_position_of_its_latent() -> None:
+    model = model_of(ideal=1.0, rates={0.25: 1.0})
+    text = "the lake " * 12 + "in 1867 " + "the sea " * 12
+    batch = model.batch([Example((Passage(text),), "when", "in 1867", raw=False)], random.Random(0))
+    gold, shown = gold_of(model, batch)
+    (row,), ((pieces, windows, _),), (places,) = batch["segments"], batch["windows"], batch["places"]
+    memory = next(i for i, part in enumerate(row) if isinstance(part, int))
+    begin = sum(len(part) for part in row[:memory]) + 1  # the boundary comes first
+    total = sum(len(part) if not isinstance(part, int) else int(places[-1]) + 3 for part in row)
+    slots = len(shown) // (total + len(batch["targets"][0]))
+    assert slots == int(torch.bincount(places[windows]).max())
+    for token, there in zip(batch["targets"][0][:-1].tolist(), gold, strict=False):
+        where = int((pieces == token).nonzero())
+        place = int(places[windows[where]])
+        before = int((places[windows[:where]] == place).sum())  # its slot: as many tokens share the position before it
+        assert there.nonzero().flatten().tolist() == [(begin + place) * slots + before]
 
 
 def test_what_is_spelt_wrong_is_not_pointed_at() -> None:
@@ -203,20 +292,53 @@ def test_slips_change_letters_and_digits_only() -> None:
 
 
 @torch.no_grad()
-def test_memory_is_taught_the_states_of_the_raw_text() -> None:
-    model = model_of(distil=1.0, ideal=1.0)
+@pytest.mark.parametrize("rate", [1.0, 0.5, 0.01])
+def test_an_ideal_memory_means_and_spells_the_words_of_its_windows(rate: float) -> None:
+    model = model_of(ideal=1.0, rates={rate: 1.0})
+    text = "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie"
+    batch = model.batch([Example((Passage(text),), "who", "marie curie", raw=False)], random.Random(0))
+    (window,), (places,) = batch["spelt"], batch["places"]
+    soft, shown = model._ideal_memory(window, places)
+    pieces, latents, count = window
+    words = model.lm.get_input_embeddings().weight
+    assert len(soft) == len(shown) == int(places[-1]) + 3
+    for place, (position, tokens) in enumerate(zip(soft[1:-1], shown[1:-1], strict=True)):
+        of_latents = [pieces[latents == i] for i in range(count) if places[i] == place]
+        meaning = torch.stack([words[ids].mean(0) if len(ids) else words.mean(0) for ids in of_latents]).mean(0)
+        ids = torch.cat(of_latents)
+        assert tokens[tokens >= 0].tolist() == ids.tolist()
+        named = (words[ids] - words.mean(0)).mean(0) if len(ids) else 0.0
+        torch.testing.assert_close(position, meaning + named)
+    assert shown[shown >= 0].tolist() == pieces.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- teacher
+
+
+def taught(model: MemoryReading, batch: dict[str, Any]) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+    """What the teacher says of the one example of a batch, whose memory is the one of its texts."""
+    (row,), (target,), (places,) = batch["segments"], batch["targets"], batch["places"]
+    prompt = [torch.zeros(int(places[-1]) + 3, 32) if isinstance(part, int) else part for part in row]
+    length = sum(map(len, prompt)) + len(target)
+    return model._taught([prompt], [row], [target], batch["windows"], batch["places"], len(target) + 1, length)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rate", [1.0, 0.4, 0.01])
+def test_memory_is_taught_the_states_of_the_raw_text(rate: float) -> None:
+    model = model_of(distil=1.0, states=1.0, ideal=1.0, rates={rate: 1.0})
     model.teach_itself()
     batch = model.batch(EXAMPLES[:1], random.Random(0))
-    row, (target,), ((pieces, latents, count),) = batch["segments"][0], batch["targets"], batch["windows"]
-    prompt = [torch.zeros(count + 2, 32) if isinstance(part, int) else part for part in row]
-    length = sum(map(len, prompt)) + len(target)
-    states, logits = model._taught(
-        [prompt], [row], [target], [(pieces, latents, count)], batch["kept"], len(target) + 1, length
+    (row,), (target,), ((pieces, latents, _),), (places,) = (
+        batch[name] for name in ("segments", "targets", "windows", "places")
     )
+    count = int(places[-1]) + 1
+    states, logits = taught(model, batch)
+    length = states[0][0].shape[1]
     raw = [pieces if isinstance(part, int) else part for part in row]
     ids = torch.cat((*raw, target))[None]
     prefix = torch.arange(ids.shape[1])[None] < ids.shape[1] - len(target)
-    shown = F.pad(itself(ids[0, : -len(target)]), (0, 0, 0, len(target)), value=-1)[None]
+    shown = F.pad(ids[0, : -len(target), None], (0, 0, 0, len(target)), value=-1)[None]
     expected = model.lm(input_ids=ids, prefix_mask=prefix, shown=shown, output_hidden_states=True)
     torch.testing.assert_close(logits[0], expected.logits[0, -len(target) - 1 : -1])
     memory_at = next(i for i, part in enumerate(row) if isinstance(part, int))
@@ -226,15 +348,77 @@ def test_memory_is_taught_the_states_of_the_raw_text() -> None:
         tail = length - before - count - 2
         torch.testing.assert_close(state[0, -tail:], layer[0, -tail:])
         assert not there[0, [before, before + count + 1]].any()  # the boundaries may be as they like
-        for latent in range(count):
-            own = layer[0, before : before + len(pieces)][latents == latent]
-            assert bool(there[0, before + 1 + latent]) == (len(own) > 0)
+        for place in range(count):
+            own = layer[0, before : before + len(pieces)][places[latents] == place]
+            assert bool(there[0, before + 1 + place]) == (len(own) > 0)
             if len(own):
-                torch.testing.assert_close(state[0, before + 1 + latent], own.mean(0))
+                torch.testing.assert_close(state[0, before + 1 + place], own.mean(0))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_teacher_is_the_generator_as_it_was_or_as_it_is(frozen: bool) -> None:
+    model = model_of(distil=1.0, states=1.0, ideal=1.0)
+    model.teach_itself(frozen=frozen)
+    batch = model.batch(EXAMPLES[:1], random.Random(0))
+    before = taught(model, batch)[1]
+    with torch.no_grad():
+        for parameter in model.lm.bert.encoder.parameters():
+            parameter.mul_(1.3)
+    after = taught(model, batch)[1]
+    assert torch.equal(before, after) == frozen
+    current = model_of(distil=1.0, states=1.0, ideal=1.0)
+    current.lm.load_state_dict(model.lm.state_dict())
+    current.teach_itself()
+    assert torch.equal(taught(current, batch)[1], after) == (not frozen)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_teacher_forgets_nothing_and_learns_nothing_by_itself(frozen: bool) -> None:
+    """Neither dropout nor a gradient: a live teacher is the model that is being trained."""
+    model = model_of(distil=1.0, states=1.0, ideal=1.0).train()
+    model.teach_itself(frozen=frozen)
+    assert model.lm.config.hidden_dropout_prob > 0
+    batch = model.batch(EXAMPLES[:1], random.Random(0))
+    first, again = taught(model, batch), taught(model, batch)
+    assert torch.equal(first[1], again[1])
+    assert not first[1].requires_grad
+    assert not any(state.requires_grad for state, _ in first[0])
+    assert all(module.training for module in model.lm.modules())  # the student drops out as before
+    model(**batch)["loss"].backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.lm.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- lengths
+
+
+def long_example(words: int, *, raw: bool = False) -> Example:
+    passages = tuple(Passage("the lake " * (words // 4), title="the old bridge") for _ in range(2))
+    return Example(passages, "when was the bridge built", "in 1867", raw)
+
+
+def test_what_is_too_long_to_be_read_raw_is_left_out() -> None:
+    model = model_of()
+    batch = model.batch([EXAMPLES[0], long_example(600), EXAMPLES[1], long_example(600, raw=True)], random.Random(0))
+    expected = model.batch(EXAMPLES[:2], random.Random(0))
+    assert len(batch["targets"]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(batch["targets"], expected["targets"], strict=True))
+    with pytest.raises(ConfigError, match=r"examples must fit 512 positions .* got 2 that do not; lower words"):
+        model.batch([long_example(600), long_example(700)], random.Random(0))
+    model.lm.config.max_position_embeddings = 2000
+    assert len(model.batch([long_example(600)], random.Random(0))["targets"]) == 1
+
+
+def test_all_that_fits_can_be_taught() -> None:
+    model = model_of(distil=1.0, states=1.0, ideal=1.0)
+    model.teach_itself()
+    longest = max(n for n in range(400, 600, 4) if model._fits(long_example(n)))
+    for raw in (False, True):
+        batch = model.batch([long_example(longest, raw=raw)], random.Random(0))
+        assert torch.isfinite(model(**batch)["loss"])  # no position beyond the last
 
 
 def test_a_generator_comes_nearer_to_its_teacher() -> None:
-    model = model_of(distil=5.0, ideal=1.0)
+    model = model_of(distil=5.0, states=5.0, ideal=1.0)
     model.teach_itself()
     first = model(**model.batch(EXAMPLES[:2], random.Random(0)))
     optimizer = torch.optim.AdamW(model.lm.parameters(), lr=3e-3)
@@ -244,16 +428,6 @@ def test_a_generator_comes_nearer_to_its_teacher() -> None:
         out["loss"].backward()
         optimizer.step()
     assert out["apart"] < 0.7 * first["apart"]
-
-
-def test_coarser_memory_is_practised_as_it_will_be_used() -> None:
-    model = model_of(rates={0.25: 1.0})
-    batch = model.batch(EXAMPLES[:1], random.Random(0))
-    with torch.no_grad():
-        ((prompt, _),) = model._memories(*(batch[name] for name in ("pixel_values", "patch_mask", "text_ids", "kept")))
-    memory = model.compressor.encode([EXAMPLES[0].passages[0].content])[0]
-    coarse = memory.coarsen(round(len(memory) / 4))
-    torch.testing.assert_close(prompt, model.fusion.read(causal_generator("prefix_bert", seed=1), coarse.latents)[0])
 
 
 def test_gradients_reach_resampler_fusion_and_generator() -> None:

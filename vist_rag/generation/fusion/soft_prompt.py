@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from inspect import signature
@@ -23,7 +23,7 @@ from vist_rag.compression import VisualMemory
 from vist_rag.compression.text import read_ids
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
-from vist_rag.generation.prefix_bert import SLOTS, ranks
+from vist_rag.generation.prefix_bert import ranks
 from vist_rag.generation.prompt import Prompt, TextSegment
 
 if TYPE_CHECKING:
@@ -35,18 +35,30 @@ CHARACTER_CLASSES = len(CHARACTERS) + 2
 """Printable ASCII, then "no character here" and "another character"."""
 
 
-def itself(ids: Tensor) -> Tensor:
-    """Text shows its own tokens: int64 ``[t]`` -> int64 ``[t, SLOTS]``."""
-    return F.pad(ids[:, None], (0, SLOTS - 1), value=-1)
+def show(ids: Tensor, places: Tensor, n: int) -> Tensor:
+    """Tokens in the slots of their places, int64 ``[m]`` twice -> int64 ``[n, s]``, -1 where a slot is empty.
 
-
-def show(ids: Tensor, latents: Tensor, n: int) -> Tensor:
-    """Tokens in the slots of their latents, int64 ``[m]`` twice -> int64 ``[n, SLOTS]``, -1 where a slot is empty."""
-    shown = torch.full((n, SLOTS), -1)
-    slots = ranks(latents)
-    kept = slots < SLOTS
-    shown[latents[kept], slots[kept]] = ids[kept]
+    There are as many slots as the fullest place needs, and one at least.
+    """
+    slots = ranks(places)
+    shown = torch.full((n, int(slots.max()) + 1 if len(slots) else 1), -1, device=ids.device)
+    shown[places, slots] = ids
     return shown
+
+
+def side_by_side(shown: Sequence[Tensor], *, batch: bool = False) -> Tensor:
+    """Rows of slots ``[t, s]`` after one another, or as a batch padded on the left; -1 fills what is missing."""
+    slots = max(rows.shape[1] for rows in shown)
+    equal = [F.pad(rows, (0, slots - rows.shape[1]), value=-1) for rows in shown]
+    return pad_sequence(equal, batch_first=True, padding_value=-1, padding_side="left") if batch else torch.cat(equal)
+
+
+def merged(meaning: Tensor, places: Tensor) -> Tensor:
+    """The mean of the latents at each position: float ``[n, d]``, int64 ``[n]`` ascending -> float ``[m, d]``."""
+    counts = torch.bincount(places)
+    # A sum of many latents is not exact enough in half precision.
+    sums = meaning.new_zeros(len(counts), meaning.shape[1], dtype=torch.float32).index_add(0, places, meaning.float())
+    return (sums / counts[:, None]).to(meaning.dtype)
 
 
 class SoftPromptFusion(nn.Module):
@@ -95,7 +107,7 @@ class SoftPromptFusion(nn.Module):
 
     @property
     def boundary_tokens(self) -> int:
-        """Positions that each memory takes beside its latents."""
+        """Positions that each memory takes beside those of its latents."""
         return len(self.boundaries)
 
     def bind(self, fingerprint: str) -> None:
@@ -120,24 +132,30 @@ class SoftPromptFusion(nn.Module):
                 "use the compressor that this fusion was trained for."
             )
 
-    def read(self, generator: VistGenerator, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, generator: VistGenerator, latents: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the generator is given of one memory ``[n, d]``, boundaries included.
 
+        Args:
+            generator: Whose tokens are shown.
+            latents: Of the memory, float ``[n, d]``.
+            places: Position of each latent, int64 ``[n]``, ascending from 0 to ``m - 1`` without a gap
+                (``VisualMemory.places``); None: one each.
         Returns:
-            The soft prompt, float ``[n + 2, d_llm]``, and the tokens that each of its positions spells, int64
-            ``[n + 2, SLOTS]``, -1 for none.
+            The soft prompt, float ``[m + 2, d_llm]``, and the tokens that each of its positions spells, int64
+            ``[m + 2, s]``, -1 for none.
         """
         latents = latents.to(self.boundaries.device, self.boundaries.dtype)
-        shown = self.shown(generator, latents)
+        places = (torch.arange(len(latents)) if places is None else places).to(latents.device)
+        shown = self.shown(generator, latents, places)
         words = cast(Tensor, generator.model.get_input_embeddings().weight)
-        return self.join(self.meaning(latents), shown, words), self.between(shown)
+        return self.join(merged(self.meaning(latents), places), shown, words), self.between(shown)
 
     def join(self, meaning: Tensor, shown: Tensor, words: Tensor) -> Tensor:
-        """Meaning ``[n, d_llm]`` and spelling as one soft prompt between its boundaries, ``[n + 2, d_llm]``.
+        """Meaning ``[m, d_llm]`` and spelling as one soft prompt between its boundaries, ``[m + 2, d_llm]``.
 
         Args:
-            meaning: What the projector makes of the latents, float ``[n, d_llm]``.
-            shown: Tokens that each latent spells, int64 ``[n, SLOTS]``, -1 for none.
+            meaning: What the projector makes of the latents of each position, float ``[m, d_llm]``.
+            shown: Tokens that each position spells, int64 ``[m, s]``, -1 for none.
             words: The generator's embeddings, float ``[v, d_llm]``.
         """
         if self.speller is not None or self.config.tokens:
@@ -147,7 +165,7 @@ class SoftPromptFusion(nn.Module):
         return torch.cat((self.boundaries[:1], meaning, self.boundaries[1:]))
 
     def between(self, shown: Tensor) -> Tensor:
-        """Tokens that latents spell, int64 ``[n, SLOTS]``, with those of the boundaries, which spell nothing."""
+        """Tokens that positions spell, int64 ``[m, s]``, with those of the boundaries, which spell nothing."""
         return F.pad(shown, (0, 0, len(self.boundaries[:1]), len(self.boundaries[1:])), value=-1)
 
     def meaning(self, latents: Tensor) -> Tensor:
@@ -176,13 +194,16 @@ class SoftPromptFusion(nn.Module):
         classes = self.spelt(latents).argmax(-1)
         return ["".join(CHARACTERS[c] for c in row if c < len(CHARACTERS)) for row in classes.tolist()]
 
-    def shown(self, generator: VistGenerator, latents: Tensor) -> Tensor:
-        """Tokens that each latent of a memory ``[n, d]`` spells: int64 ``[n, SLOTS]``, -1 for none."""
+    def shown(self, generator: VistGenerator, latents: Tensor, places: Tensor) -> Tensor:
+        """Tokens that the positions of a memory ``[n, d]`` spell, in reading order: int64 ``[m, s]``, -1 for none."""
+        size = int(places[-1]) + 1
         if self.config.tokens:
-            known = read_ids(latents[:, -self.config.spelling_width :])[:, :SLOTS]
-            return F.pad(known, (0, SLOTS - known.shape[1]), value=-1)
+            known = read_ids(latents[:, -self.config.spelling_width :])
+            told = known >= 0
+            at = places[:, None].expand_as(known)[told]
+            return show(known[told], at, size)
         if self.speller is None:
-            return torch.full((len(latents), SLOTS), -1, device=latents.device)
+            return torch.full((size, 1), -1, device=latents.device)
         spelt = self.spell(latents)
         ends = list(accumulate(map(len, spelt)))
         encoded = generator.tokenizer(
@@ -190,7 +211,8 @@ class SoftPromptFusion(nn.Module):
         )
         middles = [(start + end - 1) // 2 for start, end in encoded.offset_mapping]
         latent = torch.tensor([bisect_right(ends, middle) for middle in middles], dtype=torch.long)
-        return show(torch.tensor(encoded.input_ids, dtype=torch.long), latent, len(spelt)).to(latents.device)
+        at = places.cpu()[latent]
+        return show(torch.tensor(encoded.input_ids, dtype=torch.long), at, size).to(latents.device)
 
     @contextmanager
     def condition(self, generator: VistGenerator, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
@@ -207,11 +229,11 @@ class SoftPromptFusion(nn.Module):
         mask = (places >= embeds.shape[1] - lengths[:, None]).long()
         inputs = {"inputs_embeds": embeds, "attention_mask": mask}
         if "shown" in signature(generator.model.forward).parameters:  # a model that copies
-            inputs["shown"] = pad_sequence(tokens, batch_first=True, padding_value=-1, padding_side="left")
+            inputs["shown"] = side_by_side(tokens, batch=True)
         yield inputs
 
     def embed(self, generator: VistGenerator, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """One prompt as embeddings, float ``[t, d_llm]``, and the tokens that each position shows, ``[t, SLOTS]``."""
+        """One prompt as embeddings, float ``[t, d_llm]``, and the tokens that each position shows, ``[t, s]``."""
         table = generator.model.get_input_embeddings()
         before, after = generator.frame
         parts: list[Tensor | VisualMemory] = [generator.ids(before)]
@@ -220,12 +242,12 @@ class SoftPromptFusion(nn.Module):
         for part in (*parts, generator.ids(after)):
             if isinstance(part, VisualMemory):
                 self.check(part)
-                embedded, tokens = self.read(generator, part.latents)
+                embedded, tokens = self.read(generator, part.latents, part.places)
             else:
-                embedded, tokens = table(part), itself(part)
+                embedded, tokens = table(part), part[:, None]
             embeds.append(embedded.to(table.weight.dtype))
             shown.append(tokens)
-        return torch.cat(embeds), torch.cat(shown)
+        return torch.cat(embeds), side_by_side(shown)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""

@@ -1,0 +1,165 @@
+"""What a recipe trains: a compressor and a generator, from pretrained models or from a sentence encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, decoders, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from vist_rag.compression import VistCompressor
+from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
+from vist_rag.errors import ConfigError, MissingDependencyError
+from vist_rag.generation import SoftPromptFusion, VistGenerator
+from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
+from vist_rag.references import resolve
+from vist_rag.rendering import GlyphAtlas
+from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
+
+
+def build_compressor(recipe: Mapping[str, Any]) -> VistCompressor:
+    """The compressor of a recipe: its ``[tower]`` (pretrained, or sizes of a fresh one) and a fresh ``[resampler]``."""
+    tower: dict[str, Any] = dict(recipe["tower"])
+    source: Any = tower
+    if pretrained := tower.get("pretrained"):
+        source = resolve(pretrained, tower.get("revision"))
+    renderer = RendererConfig(**recipe["renderer"]) if "renderer" in recipe else None
+    return VistCompressor.build(
+        source, atlas(recipe), renderer=renderer, resampler=ResamplerConfig(**recipe.get("resampler", {}))
+    )
+
+
+def atlas(recipe: Mapping[str, Any]) -> GlyphAtlas:
+    """The glyphs that a recipe renders with: those of the package, or of a file."""
+    name = recipe.get("font_atlas", "assets")
+    if name == "assets":
+        return GlyphAtlas.load(Path(str(files("vist_rag"))) / "assets" / "noto-sans-10px.safetensors")
+    return GlyphAtlas.load(name)
+
+
+def fusion_config(recipe: Mapping[str, Any], sizes: ResamplerConfig, generator_width: int) -> FusionConfig:
+    """Sizes of a fresh fusion."""
+    settings = recipe["generator"]
+    return FusionConfig(
+        sizes.memory_width,
+        generator_width,
+        hidden_width=settings.get("projector_width", 2 * generator_width),
+        spelling=settings.get("spelling", 0),
+        spelling_width=sizes.spelling_width,
+    )
+
+
+def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig) -> VistGenerator:
+    """Any causal LM with a fresh fusion; with ``[generator.lora]``, adapters are put into its layers.
+
+    Raises:
+        ConfigError: If the dtype is unknown, or peft refuses the adapter's settings.
+        MissingDependencyError: If adapters are asked for and peft is missing.
+    """
+    settings = recipe["generator"]
+    name = settings.get("dtype", "float32")
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype must be one of float32, bfloat16, float16, got {name!r}.")
+    directory = resolve(settings["pretrained"], settings.get("revision"))
+    generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype)
+    model = generator.model
+    words = cast(Tensor, model.get_input_embeddings().weight)
+    if lora := settings.get("lora"):
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise MissingDependencyError("[generator.lora]", "peft", "train") from error
+        try:
+            model = cast(Any, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"[generator.lora] must be settings of peft's LoraConfig ({error}).") from error
+    fusion = SoftPromptFusion(fusion_config(recipe, sizes, words.shape[1]))
+    fusion.match_scale(words.float())
+    return VistGenerator(model, generator.tokenizer, fusion)
+
+
+def base_model(name: str) -> Path:
+    """Directory of a base model: a path, the packaged encoder, or a hub id (downloaded)."""
+    if name == DEFAULT_MODEL and not Path(name).is_dir() and (packaged := offline_files()):
+        return packaged
+    return resolve(name, None)
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, without padding and truncation."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def written_decoder() -> decoders.Decoder:
+    """Tokens to text as people write it: BERT's tokens stand apart at every hyphen, apostrophe and comma."""
+    spaced = {
+        r"(?<=\w) - (?=\w)": "-",
+        r"(?<=\w) / (?=\w)": "/",
+        r"(?<=\w) ' (?=\w)": "'",
+        r"(?<=\b\d|\b\d\d|\b\d\d\d), (?=\d\d\d\b)": ",",
+        r"(?<=\d)\. (?=\d)": ".",
+        r"(?<=\d) %": "%",
+        r"(?<=[(\[]) | (?=[)\]])": "",
+    }
+    written = [decoders.Replace(Regex(pattern), content) for pattern, content in spaced.items()]
+    return decoders.Sequence([decoders.WordPiece(), decoders.Fuse(), *written])
+
+
+def sentence_generator(
+    recipe: Mapping[str, Any], sizes: ResamplerConfig, tokenizer: Tokenizer, old_ids: list[int]
+) -> VistGenerator:
+    """A generator whose layers come from a BERT-like encoder (``base``), with a pruned vocabulary."""
+    base = base_model(recipe["generator"]["base"])
+    fields = json.loads((base / "config.json").read_text())
+    begin, end, pad = (tokenizer.token_to_id(name) for name in ("[CLS]", "[SEP]", "[PAD]"))
+    config = PrefixBertConfig(
+        **{
+            name: fields[name]
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "max_position_embeddings",
+            )
+        },
+        vocab_size=len(old_ids),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        bos_token_id=begin,
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    model = PrefixBertForCausalLM(config)
+    state = {f"bert.{k}": v for k, v in load_file(str(base / "model.safetensors")).items() if "pooler" not in k}
+    words = "bert.embeddings.word_embeddings.weight"
+    state[words] = state[words][torch.tensor(old_ids)]
+    state = {name: tensor for name, tensor in state.items() if name in dict(model.named_parameters())}
+    model.load_state_dict(state, strict=False)
+    model.tie_weights()
+    with torch.no_grad():
+        # The head starts as the identity: a state is compared with the word embeddings as it is.
+        model.cls.predictions.transform.dense.weight.copy_(torch.eye(config.hidden_size))
+    tokenizer.decoder = written_decoder()
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", begin)])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        bos_token="[CLS]",
+        eos_token="[SEP]",
+        model_max_length=config.max_position_embeddings,
+    )
+    fusion = SoftPromptFusion(fusion_config(recipe, sizes, config.hidden_size))
+    fusion.match_scale(cast(Tensor, model.get_input_embeddings().weight))
+    return VistGenerator(model, wrapped, fusion)

@@ -1,0 +1,374 @@
+"""A recipe -> a trained checkpoint: build the parts, run the stages, export."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from vist_rag.compression import PassageCompressor
+from vist_rag.compression.memory import PASSAGE_GAP
+from vist_rag.compression.vision import VisionTower, tower_config
+from vist_rag.config import RendererConfig
+from vist_rag.errors import ConfigError
+from vist_rag.generation import VistGenerator
+from vist_rag.references import Reference
+from vist_rag.rendering import Renderer
+from vist_rag.training.answers import own_answers
+from vist_rag.training.corpus import PassageCorpus, QuestionCorpus, open_passages, open_questions
+from vist_rag.training.data import LengthBatches
+from vist_rag.training.examples import ExampleMix
+from vist_rag.training.export import save_checkpoint
+from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, piece_salience
+from vist_rag.training.objectives import Pve, TokenCounts, count_tokens
+from vist_rag.training.parts import (
+    atlas,
+    base_model,
+    build_compressor,
+    plain,
+    pretrained_generator,
+    sentence_generator,
+)
+from vist_rag.training.reading import MemoryReading
+from vist_rag.training.recipe import READING, TASKS, check_recipe, trained_parts
+from vist_rag.training.tower import TowerReading, reading_batch
+from vist_rag.training.trainer import load_trained, processes, train_stage
+from vist_rag.training.vocabulary import prune_vocabulary
+from vist_rag.types import Passage
+
+_PIXELS_PER_CHARACTER = 5.1  # of the embedded atlas, over English text: an estimate for batching only
+_SAMPLE = 12  # one text in so many is counted
+
+Judge = Callable[[PassageCompressor, VistGenerator, Path], Mapping[str, float]]
+
+
+class RecipeRun:
+    """One recipe on one machine: parts are built when a stage first needs them.
+
+    Args:
+        recipe: What ``load_recipe`` read.
+        data: Folder that the recipe's file patterns are relative to.
+        output: Where checkpoints, logs and the exported model go.
+        skip_bad: Leave malformed rows out, and list them beside what was read, in ``output/data``.
+        judge: Evaluates the parts as they are, into a folder: what ``[evaluation]`` asks for. None: no evaluation.
+    """
+
+    def __init__(
+        self,
+        recipe: Mapping[str, Any],
+        data: Path,
+        output: Path,
+        *,
+        skip_bad: bool = False,
+        judge: Judge | None = None,
+    ) -> None:
+        check_recipe(recipe)
+        self.recipe, self.data, self.output, self.skip_bad, self.judge = recipe, data, output, skip_bad, judge
+        self.seed = int(recipe.get("seed", 0))
+        if threads := recipe.get("threads"):
+            torch.set_num_threads(int(threads))
+        torch.set_flush_denormal(True)
+        torch.manual_seed(self.seed)
+        output.mkdir(parents=True, exist_ok=True)
+        self._texts: PassageCorpus | None = None
+        self._known: set[str] = set()
+
+    def run(self) -> Path:
+        """Run every stage that is not finished, and export; returns the checkpoint directory."""
+        before: Path | None = None
+        for stage in self.recipe["stages"]:
+            directory = self.output / stage["name"]
+            if not (directory / "final" / "model.safetensors").is_file():
+                self._stages()[stage["kind"]](stage, directory, before)
+            before = directory / "final"
+        model = self.output / "model"
+        if PartialState().is_main_process:
+            compressor, generator = self.parts()
+            trained = load_parts(MemoryReading(compressor, generator), directory / "final")
+            self.export(compressor, generator, trained, model)
+        PartialState().wait_for_everyone()
+        return model
+
+    def export(self, compressor: PassageCompressor, generator: VistGenerator, trained: set[str], model: Path) -> Path:
+        """Write the checkpoint: what was trained, and references to pretrained parts that were not."""
+        tower, base = self.recipe.get("tower", {}), self.recipe.get("generator", {})
+        references: dict[str, Reference] = {}
+        if "pretrained" in tower and not any(name.startswith("compressor.tower.") for name in trained):
+            references["tower"] = Reference.of(tower["pretrained"], tower.get("revision"))
+        if "pretrained" in base and not any(name.startswith("lm.") and "lora_" not in name for name in trained):
+            references["generator_base"] = Reference.of(base["pretrained"], base.get("revision"))
+        settings = self.recipe.get("settings", {})
+        return save_checkpoint(model, compressor, generator, settings=settings, int8="base" in base, **references)
+
+    def parts(self) -> tuple[PassageCompressor, VistGenerator]:
+        """A compressor and a generator with fresh weights, but for what is pretrained."""
+        torch.manual_seed(self.seed)
+        compressor = build_compressor(self.recipe)
+        if "pretrained" in self.recipe["generator"]:
+            return compressor, pretrained_generator(self.recipe, compressor.resampler_config)
+        return compressor, sentence_generator(self.recipe, compressor.resampler_config, *self.tokenizer())
+
+    def tokenizer(self) -> tuple[Tokenizer, list[int]]:
+        """The pruned vocabulary of a generator made from a sentence encoder, counted once and kept."""
+        vocabulary, ids = self.output / "tokenizer.json", self.output / "old_ids.json"
+        with PartialState().main_process_first():
+            if not (vocabulary.is_file() and ids.is_file()):
+                base = base_model(self.recipe["generator"]["base"])
+                full = plain(Tokenizer.from_file(str(base / "tokenizer.json")))
+                sample = self._sample()
+                chunks = (sample[i : i + 1000] for i in range(0, len(sample), 1000))
+                pruned, old_ids = prune_vocabulary(full, chunks, self.recipe["generator"]["vocabulary"])
+                ids.write_text(json.dumps(old_ids))
+                pruned.save(str(vocabulary))
+        return plain(Tokenizer.from_file(str(vocabulary))), json.loads(ids.read_text())
+
+    def texts(self) -> PassageCorpus:
+        """All plain text, on disk."""
+        if self._texts is None:
+            settings = self.recipe["data"]
+            with PartialState().main_process_first():
+                self._texts = open_passages(
+                    self.data,
+                    settings["text"],
+                    self.output / "data",
+                    skip_bad=self.skip_bad,
+                    characters=tuple(settings.get("characters", (30, 1200))),
+                )
+        return self._texts
+
+    def questions(self) -> QuestionCorpus:
+        """All questions with their passages, on disk."""
+        with PartialState().main_process_first():
+            return open_questions(
+                self.data, self.recipe["data"]["questions"], self.output / "data", skip_bad=self.skip_bad
+            )
+
+    def token_counts(self, generator: VistGenerator) -> TokenCounts:
+        """How often each token of the generator comes in the texts, counted once and kept."""
+        path = self.output / "data" / "token_counts.safetensors"
+        with PartialState().main_process_first():
+            texts = (p.content for p in self.texts())
+            return count_tokens(texts, generator.tokenizer, path=path, key=self.texts().key)
+
+    def _sample(self) -> list[str]:
+        """One text in so many."""
+        texts = self.texts()
+        return [texts[int(i)].content for i in texts.order(self.seed)[::_SAMPLE]]
+
+    def _tower_stage(self, stage: Mapping[str, Any], directory: Path, before: Path | None) -> None:
+        tower = VisionTower.from_config(tower_config(dict(self.recipe["tower"])))
+        tokenizer, old_ids = self.tokenizer()
+        base = base_model(self.recipe["generator"]["base"])
+        words = load_file(str(base / "model.safetensors"))["embeddings.word_embeddings.weight"]
+        model = TowerReading(tower, words[torch.tensor(old_ids)])
+        if before is not None:
+            self._known = load_trained(model, before / "model.safetensors")
+        renderer = Renderer(atlas(self.recipe), RendererConfig(channels=self.recipe["tower"]["num_channels"]))
+        batches = self._text_batches(stage)
+        texts = self.texts()
+
+        def build(number: int) -> dict[str, Any]:
+            return reading_batch([texts[i].content for i in batches[number]], renderer, tokenizer)
+
+        self._train(model, stage, build, directory)
+
+    def _lexical_stage(self, stage: Mapping[str, Any], directory: Path, before: Path | None) -> None:
+        compressor, generator = self.parts()
+        words = cast(Tensor, generator.model.get_input_embeddings().weight)
+        heads = None
+        if stage.get("reading"):
+            heads = TowerReading(cast(VisionTower, compressor.tower), words.detach().clone())
+        parts = MemoryReading(compressor, generator)
+        if before is not None:
+            self._known = load_parts(parts, before)
+        train_only(parts, stage.get("train", ("resampler", "projector")))
+        salience = None
+        if compressor.resampler_config.salience:
+            salience = piece_salience(self.tokenizer()[0], self._sample())
+        counts = self.token_counts(generator) if "pve" in stage else None
+        model = LexicalAlignment(
+            compressor, generator.fusion, words, heads, salience, pve=Pve.of(stage.get("pve"), counts)
+        )
+        model.train()
+        tokenizer, _ = self.tokenizer()
+        texts, batches = self.texts(), self._text_batches(stage)
+        share, joined = stage.get("salad", 0.0), stage.get("joined", 1)
+        salad = WordSalad(self._sample(), tokenizer) if share else None
+
+        def build(number: int) -> dict[str, Any]:
+            rng = random.Random(f"{self.seed}-{stage['name']}-{number}")
+            batch = [texts[i].content for i in batches[number]]
+            if joined > 1:
+                batch = [PASSAGE_GAP.join(batch[i : i + joined]) for i in range(0, len(batch), joined)]
+            if salad:
+                batch = [salad(len(text), rng) if rng.random() < share else text for text in batch]
+            return lexical_batch(
+                batch,
+                compressor,
+                tokenizer,
+                reading=heads is not None,
+                spelling=generator.fusion.config.spelling,
+                pve=model.pve,
+                rng=rng,
+            )
+
+        self._train(model, stage, build, directory, result=parts)
+
+    def _text_batches(self, stage: Mapping[str, Any]) -> LengthBatches:
+        """All plain text, in batches of ``stage["patches"]`` patches."""
+        lengths = self.texts().lengths
+        patches = [min(256, int(length * _PIXELS_PER_CHARACTER / 14) + 1) for length in lengths]
+        return LengthBatches(patches, budget=stage["patches"], steps=self._count(stage), seed=self.seed)
+
+    def _count(self, stage: Mapping[str, Any]) -> int:
+        """Batches that a stage takes, over all processes."""
+        trainer = {**self.recipe.get("trainer", {}), **stage.get("trainer", {})}
+        return int(stage["steps"]) * int(trainer.get("gradient_accumulation_steps", 1)) * processes()
+
+    def _stages(self) -> dict[str, Callable[[Mapping[str, Any], Path, Path | None], None]]:
+        return {
+            "tower": self._tower_stage,
+            "lexical": self._lexical_stage,
+            **dict.fromkeys(READING, self._reading_stage),
+        }
+
+    def _reading_stage(self, stage: Mapping[str, Any], directory: Path, before: Path | None) -> None:
+        compressor, generator = self.parts()
+        counts = self.token_counts(generator) if "pve" in stage else None
+        kind = stage["kind"]
+        model = MemoryReading(
+            compressor,
+            generator,
+            rates={float(rate): float(weight) for rate, weight in stage.get("rates", {"1.0": 1.0}).items()},
+            ideal=stage.get("ideal", 0.0),
+            slips=stage.get("slips", 0.0),
+            distil=stage.get("distil", 1.0 if kind == "distill" else 0.0),
+            states=stage.get("states", 0.0),
+            pve=Pve.of(stage.get("pve"), counts),
+        )
+        if before is not None:
+            self._known = load_parts(model, before)
+        train_only(model, trained_parts(stage))
+        if model.distil or model.states:
+            model.teach_itself(frozen=stage.get("teacher", "start") == "start")
+        tasks = stage.get("tasks", TASKS[kind])
+        texts: Sequence[Passage] = self.texts() if set(tasks) != {"answer"} or stage.get("distractors") else ()
+        rows: Any = ()
+        if "answer" in tasks:
+            rows = self._own_answers(stage, generator) if stage.get("answers") else self.questions()
+        draw = ExampleMix({**stage, "tasks": tasks}, texts, rows, getattr(rows, "weights", None))
+        model.train()
+
+        def build(number: int) -> dict[str, Any]:
+            rng = random.Random(f"{self.seed}-{stage['name']}-{number}")
+            return model.batch(draw(rng), rng)
+
+        judge = None
+        if self.judge is not None:
+
+            def judge(step: int) -> Mapping[str, float]:
+                was_training = model.training
+                model.eval()
+                try:
+                    return cast(Judge, self.judge)(compressor, generator, directory / "evaluation" / f"step-{step}")
+                finally:
+                    model.train(was_training)
+
+        self._train(model, stage, build, directory, evaluate=judge)
+
+    def _own_answers(self, stage: Mapping[str, Any], generator: VistGenerator) -> QuestionCorpus:
+        """Questions with the answers that the generator itself gives when it reads the passage as text."""
+        asked: Any = self.questions() if self.recipe["data"].get("questions") else self.texts()
+        with PartialState().main_process_first():
+            return own_answers(
+                generator,
+                asked,
+                self.output / "data" / f"answers-{stage['name']}.jsonl",
+                count=stage["answers"],
+                seed=self.seed,
+            )
+
+    def _train(
+        self,
+        model: nn.Module,
+        stage: Mapping[str, Any],
+        build: Callable[[int], dict[str, Any]],
+        directory: Path,
+        **more: Any,
+    ) -> None:
+        settings = {
+            key: stage[key]
+            for key in ("learning_rate", "schedule", "warmup", "weight_decay", "pretrained_rate", "save_every")
+            if key in stage
+        }
+        evaluation = self.recipe.get("evaluation", {})
+        train_stage(
+            model,
+            int(stage["steps"]),
+            build,
+            directory,
+            seed=self.seed,
+            known=self._known,
+            pretrained=".bert." if "base" in self.recipe["generator"] else ".lm.",
+            evaluate_every=evaluation.get("every", 0) if more.get("evaluate") else 0,
+            metric=evaluation.get("metric", "em"),
+            trainer={**self.recipe.get("trainer", {}), **stage.get("trainer", {})},
+            **settings,
+            **more,
+        )
+
+
+def train_only(model: MemoryReading, parts: Sequence[str]) -> None:
+    """Freeze all but the named parts (``recipe.PARTS``).
+
+    Raises:
+        ConfigError: If adapters are to be trained and the generator has none.
+    """
+    model.requires_grad_(False)
+    embeddings = model.lm.get_input_embeddings()
+    if "tower" in parts:
+        model.compressor.tower.requires_grad_(True)
+    if "resampler" in parts:
+        for name, child in model.compressor.named_children():
+            child.requires_grad_(name != "tower" or "tower" in parts)
+    if "projector" in parts:
+        model.fusion.requires_grad_(True)
+    if "boundaries" in parts:
+        model.fusion.boundaries.requires_grad_(True)
+    if "generator" in parts:
+        for name, weight in model.lm.named_parameters():
+            weight.requires_grad_("lora_" not in name)
+        embeddings.requires_grad_("embeddings" in parts)
+    elif "embeddings" in parts:
+        embeddings.requires_grad_(True)
+    if "lora" in parts:
+        adapters = [weight for name, weight in model.lm.named_parameters() if "lora_" in name]
+        if not adapters:
+            raise ConfigError("train must name lora only where [generator.lora] sets adapters up, got none.")
+        for weight in adapters:
+            weight.requires_grad_(True)
+
+
+def load_parts(model: MemoryReading, directory: Path) -> set[str]:
+    """Weights of an earlier stage, of the tower alone or of more; returns their names.
+
+    Raises:
+        CheckpointError: If the file does not fit.
+    """
+    path = directory / "model.safetensors"
+    with safe_open(str(path), framework="pt") as file:
+        tower_alone = any(name.startswith("tower.") for name in file.keys())  # noqa: SIM118 - not a dict
+    if not tower_alone:
+        return load_trained(model, path)
+    state = {n.removeprefix("tower."): t for n, t in load_file(str(path)).items() if n.startswith("tower.")}
+    model.compressor.tower.load_state_dict(state)
+    return {f"compressor.tower.{name}" for name in state}
