@@ -104,8 +104,7 @@ def page(results: Path) -> str:
         "`vist-rag train ablations-reading`, measured by `benchmarks/ablations.py`, which wrote this page.",
         "Exact match in percent on SQuAD development questions with their gold passage, with 95 % bootstrap intervals.",
         "Behind each figure, how many times fewer positions it takes than the raw text. The paper's figures",
-        "(arXiv:2502.00791) stand beside ours whether or not they agree: a 1.1 B generator there, 11 M trained for minutes",
-        "here.",
+        "(arXiv:2502.00791) stand beside ours whether or not they agree: a 1.1 B generator there, 11 M here.",
     ]
     for title, names in TABLES.items():
         there = [name for name in names if name in found]

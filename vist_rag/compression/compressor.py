@@ -339,7 +339,7 @@ class VistCompressor(PassageCompressor):
     def _settings(self) -> list[Any]:
         config = self.config
         tower = {k: v for k, v in config.tower.items() if k not in _NO_SETTING and not k.startswith("_")}
-        # What was added since, and changes nothing where it is not set, leaves the memories of before their fingerprint.
+        # What changes nothing where it is not set leaves the memories of before their fingerprint.
         resampler = {k: v for k, v in config.resampler.items() if k != "mask_blank" or not v}
         return [config.renderer, resampler, config.atlas, tower]
 

@@ -25,11 +25,12 @@ from vist_rag.references import Reference
 from vist_rag.rendering import Renderer
 from vist_rag.training.answers import own_answers
 from vist_rag.training.corpus import PassageCorpus, QuestionCorpus, open_passages, open_questions
+from vist_rag.training.counts import TokenCounts, count_tokens
 from vist_rag.training.data import LengthBatches
 from vist_rag.training.examples import ExampleMix
 from vist_rag.training.export import save_checkpoint
 from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, piece_salience
-from vist_rag.training.objectives import Pve, TokenCounts, count_tokens
+from vist_rag.training.objectives import Pve
 from vist_rag.training.parts import (
     atlas,
     base_model,

@@ -323,3 +323,15 @@ def test_only_the_resampler_learns() -> None:
     assert all(p.grad is None for p in compressor.tower.parameters())
     without = {name for name, p in compressor.resampler.named_parameters() if p.grad is None or not p.grad.any()}
     assert not without
+
+
+def test_blank_patches_change_nothing_unless_an_ablation_reads_them() -> None:
+    masked, read = tiny_compressor(), tiny_compressor(mask_blank=False)
+    read.load_state_dict(masked.state_dict())
+    short, filled = "the bridge", "the bridge " * 60
+    alone, beside = (masked.encode([short])[0].latents, masked.encode([short, filled])[0].latents)
+    torch.testing.assert_close(alone, beside)
+    seen = read.encode([short])[0].latents
+    assert seen.shape == alone.shape  # blank windows still have no latents
+    assert (seen - alone).abs().max() > 1e-3
+    assert masked.fingerprint != read.fingerprint

@@ -125,6 +125,19 @@ def test_slow_fast_reads_the_best_passage_raw_and_the_others_as_memory(model: Ev
     assert memories_of(tight)
 
 
+def test_joined_memory_is_one_of_all_passages_with_the_best_last(model: EvalModel) -> None:
+    method = make_method("joined_memory", model, {}, {})
+    questions = asked(passages=2)
+    method.prepare(questions)
+    one = questions[0]
+    (memory,) = memories_of(method.prompt(one.passages, one.question, 10_000))
+    best, next_best = one.passages
+    (expected,) = model.compressor.encode([f"{next_best.content} | {best.content}"])
+    torch.testing.assert_close(memory.latents, expected.latents.half())
+    (coarser,) = memories_of(method.prompt(one.passages, one.question, model.memory_frame + 3))
+    assert len(coarser) == 3
+
+
 def test_shuffled_memory_is_that_of_another_question(model: EvalModel) -> None:
     questions = asked(passages=1)
     method = make_method("shuffled_memory", model, {}, {})

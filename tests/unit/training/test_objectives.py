@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.causal import byte_level_tokenizer
 from tests.support.tiny import tiny_tokenizer
 from vist_rag.errors import ConfigError, InputError, ShapeError
+from vist_rag.training.counts import TokenCounts, count_tokens
 from vist_rag.training.objectives import (
-    TokenCounts,
-    count_tokens,
     distillation_loss,
     frequency_mask,
     next_token_loss,

@@ -1,0 +1,51 @@
+"""The pages that benchmarks write, from result files alone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def ablations() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablations", FOLDER / "ablations.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(folder: Path, name: str, *cells: tuple[str, float, float]) -> None:
+    rows = [
+        {"method": method, "rate": rate, "em": em, "em_95": [em - 0.05, em + 0.05], "ratio": 2 * rate}
+        for method, rate, em in cells
+    ]
+    (folder / f"{name}.json").write_text(json.dumps({"cells": rows}))
+
+
+def test_the_page_of_ablations_holds_what_was_measured_beside_the_paper(ablations: ModuleType, tmp_path: Path) -> None:
+    rates = ablations.RATES
+    result(tmp_path, "base", *(("memory", rate, 0.5 - rate / 100) for rate in rates))
+    result(tmp_path, "joined", *(("memory", rate, 0.4 - rate / 100) for rate in rates))
+    for name, alone, joined in (("base", 0.31, 0.12), ("joined", 0.22, 0.33)):
+        result(tmp_path, f"{name}-retrieved", ("memory", 2.3, alone), ("joined_memory", 2.3, joined))
+    page = ablations.page(tmp_path)
+    assert "## Passages rendered alone or joined" in page
+    assert "| base | 49.0 [44.0, 54.0] (2.0x) | 47.7 [42.7, 52.7] (4.6x) |" in page
+    assert "| joined | 22.0 [17.0, 27.0] (4.6x) | 33.0 [28.0, 38.0] (4.6x) |" in page
+    assert "## PVE" not in page  # one run alone is no comparison
+
+
+def test_the_page_compares_what_the_recipes_train(ablations: ModuleType) -> None:
+    from vist_rag.training.recipe import load_recipe
+
+    trained = {*load_recipe("ablations")["ablations"], *load_recipe("ablations-reading")["ablations"]}
+    assert {name for names in ablations.TABLES.values() for name in names} == trained
+    assert ablations.TABLES.keys() == ablations.PAPER.keys()
