@@ -57,8 +57,8 @@ PAPER = {
 |---|---|---|---|
 | read | 21.82 | 7.53 | 8.71 |
 | masked | 25.20 | 8.71 | 11.44 |""",
-    "Passages rendered alone or joined": "The paper joins all passages of a prompt, without a comparison. Joined, memory "
-    "depends on the question and cannot be made ahead of time.",
+    "Passages rendered alone or joined": "The paper joins all passages of a prompt, without a comparison. Joined, "
+    "memory depends on the question and cannot be made ahead of time.",
     "Tower frozen or not": "The paper freezes it, without a comparison.",
     "Elastic or fixed": "Not in the paper.",
     "Distilled or not": "Not in the paper.",

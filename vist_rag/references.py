@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from vist_rag.errors import CheckpointError, ConfigError
 
-_NEEDED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_WEIGHTS = "*.safetensors"
+_NEEDED = ("*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja")
 _NOT_NEEDED = ("*/*", "consolidated*")  # variants for other libraries, among them the same weights once more
 _DTYPES = (None, "float32", "bfloat16", "float16")
 _CHUNK = 1 << 24
@@ -112,9 +113,13 @@ def _identical(ours: Tensor, theirs: Tensor) -> bool:
     return ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs.cpu())
 
 
-def resolve(id: str | Path, revision: str | None = None) -> Path:
+def resolve(id: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """Directory of a model: a local one as it is, else a snapshot of the hub (config, tokenizer and safetensors).
 
+    Args:
+        id: Hub id, or a local directory.
+        revision: Branch, tag or commit on the hub.
+        weights: Whether the safetensors are needed; without them, a download is of a few megabytes.
     Raises:
         CheckpointError: If it is neither a directory nor to be had from the hub.
         ConfigError: If a local directory is given a revision.
@@ -126,10 +131,9 @@ def resolve(id: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
+        needed = [pattern for pattern in _NEEDED if weights or pattern != _WEIGHTS]
         return Path(
-            snapshot_download(
-                str(id), revision=revision, allow_patterns=list(_NEEDED), ignore_patterns=list(_NOT_NEEDED)
-            )
+            snapshot_download(str(id), revision=revision, allow_patterns=needed, ignore_patterns=list(_NOT_NEEDED))
         )
     except Exception as error:  # the hub's errors have no common base class
         version = f" (revision {revision})" if revision else ""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
-from vist_rag.cli.terminal import Interrupted, JsonOption, command, emit_json, out, progress, say, working
+from vist_rag.cli.terminal import Interrupted, JsonOption, command, emit_json, out, printable, progress, say, working
 from vist_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vist_rag.training.plan import RunPlan, Work
 
 
 @command
@@ -49,19 +54,18 @@ def train(
     folder = data or _packaged(plan)
     if folder is None:
         raise ConfigError("--data must name the folder of the recipe's data files, got none.")
-    if output is None and not dry_run:
-        raise ConfigError("--output must name a folder for checkpoints and the trained model, got none.")
-    target = output or Path("dry-run")
-    runs = recipe_runs(plan, folder, target, skip_bad=skip_bad, judge=_judge(plan, folder), only=only)
     if dry_run:
-        _tell_plan(runs, as_json=as_json)
+        _tell_plan(recipe, plan, folder, skip_bad=skip_bad, only=only, as_json=as_json)
         return
+    if output is None:
+        raise ConfigError("--output must name a folder for checkpoints and the trained model, got none.")
+    runs = recipe_runs(plan, folder, output, skip_bad=skip_bad, judge=_judge(plan, folder), only=only)
     models = []
     try:
         for run in runs:
             models.append(run.run())
     except KeyboardInterrupt as error:
-        raise Interrupted(f"the checkpoints in {target} are kept; repeat the command to go on.") from error
+        raise Interrupted(f"the checkpoints in {output} are kept; repeat the command to go on.") from error
     if as_json:
         emit_json({"models": [str(model) for model in models]})
         return
@@ -106,5 +110,106 @@ def _judge(plan: Mapping[str, Any], data: Path) -> Any:
     return judge
 
 
-def _tell_plan(runs: list[Any], *, as_json: bool) -> None:
-    raise NotImplementedError
+# ------------------------------------------------------------------------------------------------------------ planning
+
+
+def _tell_plan(
+    recipe: str, plan: Mapping[str, Any], data: Path, *, skip_bad: bool, only: str | None, as_json: bool
+) -> None:
+    """Print what the runs of a recipe would train; nothing is left of what that takes."""
+    from vist_rag.training.baselines import recipe_runs
+    from vist_rag.training.plan import plan_runs, scratch
+
+    with working("counting"), scratch() as output:
+        plans = plan_runs(recipe_runs(plan, data, output, skip_bad=skip_bad, only=only))
+    if as_json:
+        runs = [one.to_dict() for one in plans]
+        emit_json({"recipe": recipe, "runs": runs, "hours": sum(one.hours for one in plans)})
+        return
+    for one in plans:
+        if one.name:
+            out.print(one.name, style="bold", markup=False)
+        for table in _tables(one):
+            out.print(table)
+    stages = [stage for one in plans for stage in one.stages]
+    for speed in dict.fromkeys(stage.speed for stage in stages):
+        rate = f"{_short(speed.flops_per_second, 'FLOP/s')} by a large matrix product, measured now"
+        at = f"{speed.utilisation:g} of it in training, assumed"
+        together = f"; {speed.processes} processes" if speed.processes > 1 else ""
+        out.print(f"{speed.device}, {speed.dtype}: {rate}; {at}{together}.", soft_wrap=True)
+    if len(plans) > 1:
+        out.print(f"All runs: {_duration(sum(one.hours for one in plans))}.")
+    out.print(_NOT_COUNTED, soft_wrap=True)
+
+
+_NOT_COUNTED = (
+    "Pages, tokens and FLOPs are of a few batches of each stage, scaled; activations are an estimate. Reading data, "
+    "rendering, evaluating on the way and saving are not in the time. Two checkpoints of a stage are kept."
+)
+
+
+def _tables(plan: RunPlan) -> Iterator[Table]:
+    """What is read and written, what is trained, what it takes."""
+    work = _table("read and written", "steps", "batches", "examples", "pages", "text", "memory", "targets")
+    for stage in plan.stages:
+        work.add_row(printable(stage.name), f"{stage.steps:,}", *map(_short, _values(stage.total)))
+        work.add_row("  a step", "", *map(_short, _values(stage.step)), style="dim")
+    total = plan.to_dict()["total"]
+    work.add_section()
+    work.add_row("total", f"{total['steps']:,}", *map(_short, total["work"].values()))
+    yield work
+
+    parts = list(dict.fromkeys(part for stage in plan.stages for part in stage.parameters))
+    weights = _table("parameters", "", *parts, "all")
+    for stage in plan.stages:
+        for row, name in (("trained", stage.name), ("frozen", "")):
+            counts = [getattr(stage.parameters[part], row) if part in stage.parameters else 0 for part in parts]
+            weights.add_row(printable(name), row, *(_short(n) if n else "-" for n in (*counts, sum(counts))))
+    yield weights
+
+    takes = _table("FLOPs", "forward", "backward", "of these teacher", "own answers", "time")
+    for stage in plan.stages:
+        beside = (stage.flops[name].total if name in stage.flops else 0 for name in ("teacher", "answers"))
+        of_all = (stage.all_flops.forward, stage.all_flops.backward, *beside)
+        takes.add_row(printable(stage.name), *(_short(n) if n else "-" for n in of_all), _duration(stage.hours))
+    takes.add_section()
+    flops = (_short(total["flops"][way]) for way in ("forward", "backward"))
+    takes.add_row("total", *flops, "", "", _duration(plan.hours))
+    yield takes
+
+    memory = _table("bytes", "weights", "gradients", "AdamW", "activations", "all", "checkpoint")
+    for stage in plan.stages:
+        of = stage.memory
+        sizes = (of.weights, of.gradients, of.optimizer, of.activations, of.total, stage.checkpoint_bytes)
+        memory.add_row(printable(stage.name), *(_short(size, "B") for size in sizes))
+    memory.add_section()
+    memory.add_row("most", "", "", "", "", _short(total["memory_bytes"], "B"), "")
+    yield memory
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column(title, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _values(work: Work) -> tuple[float, ...]:
+    return (work.batches, work.examples, work.pages, work.text_tokens, work.memory_tokens, work.target_tokens)
+
+
+def _short(number: float, unit: str = "") -> str:
+    """``12,345``, ``1.23 MB``."""
+    if number < 1e5 and not unit:
+        return f"{number:,.0f}"
+    powers = ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k"), (0, ""))
+    power, prefix = next((one for one in powers if number >= 0.9995 * 10 ** one[0]), powers[-1])
+    return f"{number / 10**power:.3g} {prefix}{unit}".strip()
+
+
+def _duration(hours: float) -> str:
+    seconds = hours * 3600
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{hours:,.1f} h"

@@ -52,7 +52,7 @@ class VisionTower(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        core = getattr(model, "vision_model", model)
+        core = self.core
         if not hasattr(core, "embeddings") or _layers(core) is None:
             raise ConfigError(
                 f"tower must have embeddings and layers, as ViT, CLIP and SigLIP do; got {type(model).__name__}."
@@ -63,6 +63,16 @@ class VisionTower(nn.Module):
         """A tower with fresh weights."""
         extra = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
         return cls(AutoModel.from_config(config, **extra))
+
+    @property
+    def core(self) -> Any:
+        """The part of the model that holds embeddings, layers and final norm."""
+        return getattr(self.model, "vision_model", self.model)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer layers, in order."""
+        return _layers(self.core) or nn.ModuleList()
 
     @property
     def width(self) -> int:
@@ -80,7 +90,7 @@ class VisionTower(nn.Module):
             longest text of the batch in patches, special tokens removed. The last one is the model's own
             ``last_hidden_state``: after the final norm, but for CLIP, which norms its pooled token only.
         """
-        core: Any = getattr(self.model, "vision_model", self.model)
+        core = self.core
         longest = max(1, int(mask.sum(1).max()))
         states = core.embeddings(pixel_values.to(self.model.dtype))
         special = states.shape[1] - mask.shape[1]
@@ -92,7 +102,7 @@ class VisionTower(nn.Module):
         bias = torch.zeros_like(attended, dtype=states.dtype).masked_fill(~attended, torch.finfo(states.dtype).min)
         bias = bias[:, None, None, :].expand(-1, 1, states.shape[1], -1)
         hidden = [states]
-        for layer in _layers(core) or ():
+        for layer in self.layers:
             output = layer(hidden[-1], bias)
             hidden.append(output[0] if isinstance(output, tuple) else output)
         final_norm = getattr(core, "layernorm", None) or getattr(core, "post_layernorm", None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from vist_rag.generation import Prompt, PromptTemplate, VistGenerator
 from vist_rag.generation.prompt import TextSegment
@@ -32,7 +33,8 @@ def own_answers(
 ) -> QuestionCorpus:
     """What the generator answers when it reads each passage raw: the goal of self-distillation, without labels.
 
-    Rows are added to ``path`` batch by batch and synced; a run that was stopped goes on where they end.
+    Rows are added to ``path`` batch by batch and synced; a run that was stopped goes on where they end. What the
+    generator cannot read, or has nothing to say to, is left out.
 
     Args:
         generator: Asks, where ``asked`` are passages, and answers.
@@ -44,10 +46,12 @@ def own_answers(
         batch_size: Prompts in one forward pass; as many are lost by a crash at most.
     Returns:
         The rows, as a corpus.
+    Raises:
+        InputError: If nothing was asked and answered.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _whole_rows(path)
-    order = np.random.default_rng(seed).permutation(len(asked))[:count]
+    order = np.random.RandomState(seed).permutation(len(asked))[:count]  # the same in every version of numpy
     template = PromptTemplate()
     with path.open("ab") as file, tqdm(total=len(order), initial=done, desc="answering", disable=None) as bar:
         for begin in range(done, len(order), batch_size):
@@ -57,9 +61,9 @@ def own_answers(
                 questions = [item.question for item in items if isinstance(item, Question)]
             else:
                 prompts = [Prompt((TextSegment(template.raw_text(p)), TextSegment(ASK))) for p in passages]
-                questions = [_line(text) for text in _texts(generator, prompts, max_new_tokens)]
+                questions = _first_lines(generator, prompts, max_new_tokens)
             prompts = [template.build(q, [p], []) for q, p in zip(questions, passages, strict=True)]
-            answers = [_line(text) for text in _texts(generator, prompts, max_new_tokens)]
+            answers = _first_lines(generator, prompts, max_new_tokens)
             rows: list[dict[str, Any]] = [
                 {"question": q, "answers": [a], "context": p.text, "title": p.title}
                 # What is empty is kept as a row, so that rows count what is done.
@@ -73,13 +77,16 @@ def own_answers(
     return open_questions(path.parent, [path.name], path.parent, skip_bad=True)
 
 
-def _texts(generator: VistGenerator, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
-    return [g.text for g in generator.generate(prompts, max_new_tokens=max_new_tokens, batch_size=len(prompts))]
-
-
-def _line(text: str) -> str:
-    """The first line, which is all that was asked for."""
-    return text.strip().split("\n")[0].strip()
+def _first_lines(generator: VistGenerator, prompts: list[Prompt], max_new_tokens: int) -> list[str]:
+    """The first line of each answer, which is all that was asked for; nothing where a prompt is too long."""
+    room = (generator.context_tokens or sys.maxsize) - max_new_tokens
+    fitting = [i for i, prompt in enumerate(prompts) if generator.prompt_length(prompt) <= room]
+    some = [prompts[i] for i in fitting]
+    answers = generator.generate(some, max_new_tokens=max_new_tokens, batch_size=max(1, len(some)))
+    lines = [""] * len(prompts)
+    for i, answer in zip(fitting, answers, strict=True):
+        lines[i] = answer.text.split("\n")[0].strip()
+    return lines
 
 
 def _whole_rows(path: Path) -> int:

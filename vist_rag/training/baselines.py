@@ -56,9 +56,6 @@ def recipe_runs(
     return [run_of(plan)(plan, data, output / name, **options) for name, plan in plans.items()]
 
 
-KINDS = ("vist", "text_encoder", "text_encoder_flat", "mean_pool")
-
-
 class ContinuedRun(RecipeRun):
     """A recipe whose ``[start]`` names a finished checkpoint, a directory or ``embedded``: it is taught further."""
 
@@ -108,14 +105,14 @@ class BaselineRun(ContinuedRun):
         fusion = SoftPromptFusion(config)
         fusion.match_scale(cast(Tensor, generator.model.get_input_embeddings().weight))
         fusion.boundaries.data.copy_(old.boundaries)  # the generator knows these
+        if fusion.slots is not None and old.slots is not None:
+            fusion.slots.data.copy_(old.slots)
         return compressor, VistGenerator(generator.model, generator.tokenizer, fusion)
 
     def _compressor(self, generator: VistGenerator) -> PassageCompressor:
         """The compressor that the recipe names."""
         settings: dict[str, Any] = self.recipe["compressor"]
         kind, window = settings["kind"], int(settings.get("window", 1))
-        if kind not in KINDS:
-            raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
         sizes = ResamplerConfig(**settings.get("resampler", {}))
         if kind == "vist":
             shipped = cast(VistCompressor, load_compressor(self._checkpoint(), device="cpu"))

@@ -244,7 +244,7 @@ def lexical_batch(
         shown["spelling"] = torch.from_numpy(_spelling(pages, texts, compressor.window, spelling))
     if pve is not None:
         chance = rng or random.Random(0)
-        shown["kept_words"] = torch.cat([pve.kept(torch.from_numpy(some), chance) for some in ids])
+        shown["kept_words"] = torch.cat([pve.kept(torch.from_numpy(some), chance) for some in ids if len(some)])
     return shown | {
         "pixel_values": pages.pixel_values,
         "patch_mask": pages.patch_mask,

@@ -1,39 +1,72 @@
-"""What a recipe trains: a compressor and a generator, from pretrained models or from a sentence encoder."""
+"""What a recipe trains: a compressor and a generator, from pretrained models or a sentence encoder; what is frozen."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from vist_rag.compression import VistCompressor
+from vist_rag.compression.vision import tower_config
 from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
-from vist_rag.errors import ConfigError, MissingDependencyError
+from vist_rag.errors import CheckpointError, ConfigError, MissingDependencyError
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
 from vist_rag.references import resolve
-from vist_rag.rendering import GlyphAtlas
+from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
 
+if TYPE_CHECKING:
+    from vist_rag.training.reading import MemoryReading
 
-def build_compressor(recipe: Mapping[str, Any]) -> VistCompressor:
-    """The compressor of a recipe: its ``[tower]`` (pretrained, or sizes of a fresh one) and a fresh ``[resampler]``."""
+
+class SizesOfCompressor(VistCompressor):
+    """A compressor on PyTorch's ``meta`` device: its weights have shapes and no values, and it renders all the same."""
+
+    pages: Renderer
+
+    @property
+    def renderer(self) -> Renderer:
+        """The renderer, on the CPU."""
+        return self.pages
+
+
+def build_compressor(recipe: Mapping[str, Any], *, meta: bool = False) -> VistCompressor:
+    """The compressor of a recipe: its ``[tower]`` (pretrained, or sizes of a fresh one) and a fresh ``[resampler]``.
+
+    Args:
+        recipe: What ``load_recipe`` read.
+        meta: Shapes alone, on PyTorch's ``meta`` device: no weights are downloaded or read.
+    Raises:
+        CheckpointError: If a pretrained tower is missing or cannot be read.
+        ConfigError: If sizes do not fit each other.
+    """
     tower: dict[str, Any] = dict(recipe["tower"])
     source: Any = tower
     if pretrained := tower.get("pretrained"):
-        source = resolve(pretrained, tower.get("revision"))
+        source = resolve(pretrained, tower.get("revision"), weights=not meta)
     renderer = RendererConfig(**recipe["renderer"]) if "renderer" in recipe else None
-    return VistCompressor.build(
-        source, atlas(recipe), renderer=renderer, resampler=ResamplerConfig(**recipe.get("resampler", {}))
-    )
+    resampler, glyphs = ResamplerConfig(**recipe.get("resampler", {})), atlas(recipe)
+    if not meta:
+        return VistCompressor.build(source, glyphs, renderer=renderer, resampler=resampler)
+    if isinstance(source, Path):
+        try:
+            source = tower_config(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"tower {pretrained} cannot be loaded ({error}); check the name.") from error
+    with torch.device("meta"):
+        sizes = cast(SizesOfCompressor, SizesOfCompressor.build(source, glyphs, renderer=renderer, resampler=resampler))
+    sizes.pages = Renderer(glyphs, sizes.renderer_config)
+    return sizes
 
 
 def atlas(recipe: Mapping[str, Any]) -> GlyphAtlas:
@@ -53,13 +86,19 @@ def fusion_config(recipe: Mapping[str, Any], sizes: ResamplerConfig, generator_w
         hidden_width=settings.get("projector_width", 2 * generator_width),
         spelling=settings.get("spelling", 0),
         spelling_width=sizes.spelling_width,
+        slots=settings.get("slots", 0),
     )
 
 
-def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig) -> VistGenerator:
+def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, meta: bool = False) -> VistGenerator:
     """Any causal LM with a fresh fusion; with ``[generator.lora]``, adapters are put into its layers.
 
+    Args:
+        recipe: What ``load_recipe`` read.
+        sizes: Of the compressor.
+        meta: Shapes alone, on PyTorch's ``meta`` device, with the tokenizer: no weights are downloaded or read.
     Raises:
+        CheckpointError: If the model is missing or cannot be read.
         ConfigError: If the dtype is unknown, or peft refuses the adapter's settings.
         MissingDependencyError: If adapters are asked for and peft is missing.
     """
@@ -68,8 +107,11 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig) -> V
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype must be one of float32, bfloat16, float16, got {name!r}.")
-    directory = resolve(settings["pretrained"], settings.get("revision"))
-    generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype)
+    directory = resolve(settings["pretrained"], settings.get("revision"), weights=not meta)
+    if meta:
+        generator = _sizes_of_generator(directory, dtype)
+    else:
+        generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype)
     model = generator.model
     words = cast(Tensor, model.get_input_embeddings().weight)
     if lora := settings.get("lora"):
@@ -78,12 +120,24 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig) -> V
         except ImportError as error:
             raise MissingDependencyError("[generator.lora]", "peft", "train") from error
         try:
-            model = cast(Any, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)))
+            with torch.device("meta") if meta else nullcontext():
+                model = cast(Any, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"[generator.lora] must be settings of peft's LoraConfig ({error}).") from error
     fusion = SoftPromptFusion(fusion_config(recipe, sizes, words.shape[1]))
-    fusion.match_scale(words.float())
+    if not meta:
+        fusion.match_scale(words.float())
     return VistGenerator(model, generator.tokenizer, fusion)
+
+
+def _sizes_of_generator(directory: Path, dtype: torch.dtype) -> VistGenerator:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(directory)), dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory))
+    except Exception as error:  # a torn tokenizer and bad JSON each raise a class of their own
+        raise CheckpointError(f"generator {directory} cannot be loaded ({error}); restore its files.") from error
+    return VistGenerator(model, tokenizer)
 
 
 def base_model(name: str) -> Path:
@@ -163,3 +217,36 @@ def sentence_generator(
     fusion = SoftPromptFusion(fusion_config(recipe, sizes, config.hidden_size))
     fusion.match_scale(cast(Tensor, model.get_input_embeddings().weight))
     return VistGenerator(model, wrapped, fusion)
+
+
+def train_only(model: MemoryReading, parts: Sequence[str]) -> None:
+    """Freeze all but the named parts (``recipe.PARTS``).
+
+    Raises:
+        ConfigError: If adapters are to be trained and the generator has none.
+    """
+    model.requires_grad_(False)
+    embeddings = model.lm.get_input_embeddings()
+    if "tower" in parts:
+        model.compressor.tower.requires_grad_(True)
+    if "resampler" in parts:
+        for name, child in model.compressor.named_children():
+            child.requires_grad_(name != "tower" or "tower" in parts)
+    if "projector" in parts:
+        model.fusion.requires_grad_(True)
+    if "boundaries" in parts:
+        model.fusion.boundaries.requires_grad_(True)
+        if model.fusion.slots is not None:
+            model.fusion.slots.requires_grad_(True)
+    if "generator" in parts:
+        for name, weight in model.lm.named_parameters():
+            weight.requires_grad_("lora_" not in name)
+        embeddings.requires_grad_("embeddings" in parts)
+    elif "embeddings" in parts:
+        embeddings.requires_grad_(True)
+    if "lora" in parts:
+        adapters = [weight for name, weight in model.lm.named_parameters() if "lora_" in name]
+        if not adapters:
+            raise ConfigError("train must name lora only where [generator.lora] sets adapters up, got none.")
+        for weight in adapters:
+            weight.requires_grad_(True)

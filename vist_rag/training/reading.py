@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import random
 import re
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, cast
 
@@ -75,6 +75,10 @@ class MemoryReading(nn.Module):
         self.fusion = generator.fusion
         self.lm = generator.model
         self._generator = [generator]  # in a list: not a module, so not saved twice
+        base = (
+            self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+        )  # adapters around it take all
+        self._takes = signature(base.forward).parameters
         self._teacher: list[nn.Module] = []
         self.rates = rates or {1.0: 1.0}
         self.template = PromptTemplate()
@@ -84,14 +88,25 @@ class MemoryReading(nn.Module):
 
         Args:
             frozen: Whether the teacher is the generator as it is now; else it is the generator as it is at each step.
-                A generator that does not learn, or learns by adapters alone, is its own teacher and is not copied.
+                A generator that does not learn is its own teacher and is not copied; one that learns by adapters alone
+                is its own without them.
         """
         learns = any(w.requires_grad and "lora_" not in name for name, w in self.lm.named_parameters())
         self._teacher = [copy.deepcopy(self.lm).requires_grad_(False).eval() if frozen and learns else self.lm]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """Compute the generator's layers again in the backward pass, in the place of keeping what they gave."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        lm: Any = self.lm
+        enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+        enable(activation_checkpointing_kwargs or {"use_reentrant": False}, **options)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """The same, under its name in earlier versions of transformers."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def batch(self, examples: Sequence[Example], rng: random.Random) -> dict[str, Any]:
         """Render and tokenize examples; what ``forward`` takes. What is too long to be read raw is left out.
@@ -144,7 +159,10 @@ class MemoryReading(nn.Module):
             "spelt": self._windows([misspell(text, self.slips, rng) for text in contents], pages) if ideal else None,
             "pointers": pointers,
             "whole": all(example.question == RECONSTRUCT for example in examples),
-            "kept_words": [self.pve.kept(window[0], rng) for window in windows] if self.pve and not ideal else None,
+            # A text that its tokenizer makes nothing of has no words to be drawn to.
+            "kept_words": [self.pve.kept(window[0], rng) for window in windows]
+            if self.pve and not ideal and all(len(window[0]) for window in windows)
+            else None,
         }
 
     def _fits(self, example: Example) -> bool:
@@ -295,7 +313,7 @@ class MemoryReading(nn.Module):
         frame = {"attention_mask": (places >= begins).long()}
         if isinstance(self.lm, PrefixBertForCausalLM):
             frame["prefix_mask"] = (places >= begins) & (places < ends)
-        elif "position_ids" in signature(self.lm.forward).parameters:
+        elif "position_ids" in self._takes:
             frame["position_ids"] = (frame["attention_mask"].cumsum(1) - 1).clamp(min=0)  # left padding shifts nothing
         return frame
 
@@ -347,10 +365,9 @@ class MemoryReading(nn.Module):
         teacher = cast(Any, self._teacher[0].to(device))
         learning = teacher.training
         teacher.eval()  # what is taught is not to depend on dropout
-        # A generator that learns by adapters is its own teacher without them.
-        with teacher.disable_adapter() if hasattr(teacher, "disable_adapter") else nullcontext():
+        with without_adapter(teacher):
             output = teacher(
-                inputs_embeds=self.lm.get_input_embeddings()(pad_sequence(rows, batch_first=True, padding_side="left")),
+                inputs_embeds=teacher.get_input_embeddings()(pad_sequence(rows, batch_first=True, padding_side="left")),
                 use_cache=False,
                 logits_to_keep=last,
                 output_hidden_states=self.states > 0,
@@ -418,3 +435,16 @@ class MemoryReading(nn.Module):
         latents, standing = self.compressor(pixel_values, patch_mask)
         pages = [(text_ids == text).nonzero().flatten().tolist() for text in range(texts)]
         return [torch.cat([latents[p][standing[p]] for p in some]) for some in pages]
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """The model as it was before its adapters; one that has none stays as it is."""
+    if not hasattr(model, "disable_adapter"):
+        yield
+        return
+    adapters = [(weight, weight.requires_grad) for name, weight in model.named_parameters() if "lora_" in name]
+    with cast(Any, model).disable_adapter():
+        yield
+    for weight, learns in adapters:  # peft leaves all of them to be trained
+        weight.requires_grad_(learns)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import difflib
+import math
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import ConfigError
 
 READING = ("align", "qa", "distill")
@@ -23,40 +26,181 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
     "qa": {"answer": {"weight": 1.0, "words": [20, 140]}},
     "distill": {"answer": {"weight": 1.0, "words": [20, 140]}},
 }
+KINDS = ("vist", "text_encoder", "text_encoder_flat", "mean_pool")
+"""Compressors that are compared (``vist_rag.training.baselines``)."""
 PARTS = ("tower", "resampler", "projector", "boundaries", "generator", "embeddings", "lora")
 """What a stage can train. ``projector`` is all of the fusion, ``generator`` all of it but its input embeddings."""
 
-_ANY = object()  # a table that another library checks
-_COMMON = dict.fromkeys(
-    ("name", "kind", "steps", "learning_rate", "schedule", "warmup", "weight_decay", "pretrained_rate", "save_every")
-) | {"train": None, "trainer": _ANY}
-_PVE = dict.fromkeys(("weight", "mask", "rate", "temperature"))
-_READ = (
-    _COMMON
-    | dict.fromkeys(("batch", "batch_words", "prompt_words", "raw", "distractors", "others", "ideal", "slips"))
-    | dict.fromkeys(("distil", "states", "teacher", "answers"))
-    | {"tasks": _ANY, "rates": _ANY, "pve": _PVE}
+
+# ------------------------------------------------------------------------------------------------- what a setting is
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What a setting must be: in words, and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_rates(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not all(_is_number(weight) and weight >= 0 for weight in value.values()):
+        return False
+    try:
+        return all(0 < float(rate) <= 1 for rate in value) and sum(value.values()) > 0
+    except (TypeError, ValueError):
+        return False
+
+
+def _one_of(*names: str) -> _Value:
+    return _Value(f"one of {', '.join(names)}", lambda value: value in names)
+
+
+def _some_of(*names: str) -> _Value:
+    return _Value(
+        f"a list of some of {', '.join(names)}",
+        lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(one in names for one in value),
+    )
+
+
+_TEXT = _Value("text", lambda value: isinstance(value, str) and value != "")
+_TEXTS = _Value("a list of texts", lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value))
+_FLAG = _Value("true or false", lambda value: isinstance(value, bool))
+_COUNT = _Value("a whole number above 0", lambda value: _is_whole(value) and value > 0)
+_WHOLE = _Value("a whole number of 0 or more", lambda value: _is_whole(value) and value >= 0)
+_ABOVE_ZERO = _Value("a number above 0", lambda value: _is_number(value) and value > 0)
+_WEIGHT = _Value("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
+_SHARE = _Value("a share in 0..1", lambda value: _is_number(value) and 0 <= value <= 1)
+_BOUNDS = _Value(
+    "the shortest and the longest, such as [20, 140]",
+    lambda value: (
+        isinstance(value, list | tuple) and len(value) == 2 and all(map(_WHOLE.fits, value)) and value[0] <= value[1]
+    ),
 )
+_ANY = _Value("a value", lambda _: True)  # checked where it is used
+_RATES = _Value("shares in 0..1 with a weight each, such as { '1.0' = 0.7, '0.5' = 0.3 }", _are_rates)
+_TABLE = _Value("a table", lambda value: isinstance(value, Mapping))
+_STAGES = _Value(
+    "[[stages]] tables",
+    lambda value: isinstance(value, list) and all(isinstance(one, Mapping) for one in value),
+)
+
+
+# ------------------------------------------------------------------------------------------- which settings there are
+
+_DECIDED = frozenset(
+    [
+        "output_dir",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "learning_rate",
+        "save_strategy",
+        "save_steps",
+        "eval_strategy",
+        "eval_steps",
+        "load_best_model_at_end",
+        "metric_for_best_model",
+    ]
+)
+"""Of ``TrainingArguments``, what the settings of a stage decide."""
+_COMMON: dict[str, Any] = {
+    "name": _TEXT,
+    "kind": _TEXT,
+    "steps": _COUNT,
+    "learning_rate": _ABOVE_ZERO,
+    "schedule": _TEXT,
+    "warmup": _SHARE,
+    "weight_decay": _WEIGHT,
+    "pretrained_rate": _ABOVE_ZERO,
+    "save_every": _COUNT,
+    "trainer": _TABLE,
+}
+_PVE = {
+    "weight": _WEIGHT,
+    "mask": _one_of("none", "random", "frequency"),
+    "rate": _SHARE,
+    "temperature": _ABOVE_ZERO,
+}
+_TASK = {"weight": _WEIGHT, "words": _BOUNDS}
+_READ = _COMMON | {
+    "train": _some_of(*PARTS),
+    "batch": _COUNT,
+    "batch_words": _COUNT,
+    "prompt_words": _COUNT,
+    "raw": _SHARE,
+    "distractors": _SHARE,
+    "others": _COUNT,
+    "ideal": _SHARE,
+    "slips": _SHARE,
+    "distil": _WEIGHT,
+    "states": _WEIGHT,
+    "teacher": _one_of("start", "live"),
+    "answers": _WHOLE,
+    "tasks": dict.fromkeys((*TASKS["align"], *TASKS["qa"]), _TASK),
+    "rates": _RATES,
+    "pve": _PVE,
+}
 STAGES: dict[str, dict[str, Any]] = {
-    "tower": _COMMON | dict.fromkeys(("patches",)),
-    "lexical": _COMMON | dict.fromkeys(("patches", "salad", "reading", "joined")) | {"pve": _PVE},
+    "tower": _COMMON | {"patches": _COUNT},
+    "lexical": _COMMON
+    | {
+        "train": _some_of("tower", "resampler", "projector"),  # no generator runs
+        "patches": _COUNT,
+        "salad": _SHARE,
+        "reading": _FLAG,
+        "joined": _COUNT,
+        "pve": _PVE,
+    },
     **dict.fromkeys(READING, _READ),
 }
-_RECIPE: dict[str, Any] = (
-    dict.fromkeys(("seed", "threads", "font_atlas", "stages"))
-    | dict.fromkeys(
-        ("tower", "resampler", "renderer", "settings", "trainer", "compressor", "compressors", "ablations"), _ANY
-    )
-    | {
-        "start": dict.fromkeys(("checkpoint",)),
-        "generator": dict.fromkeys(
-            ("base", "vocabulary", "projector_width", "spelling", "pretrained", "revision", "dtype")
-        )
-        | {"lora": _ANY},
-        "data": {"folder": None, "text": None, "characters": None, "questions": _ANY},
-        "evaluation": dict.fromkeys(("every", "metric", "method", "rate")) | {"block": _ANY},
-    }
-)
+_RESAMPLER = {field.name: _ANY for field in fields(ResamplerConfig)}
+_COMPRESSOR = {"window": _COUNT, "resampler": _RESAMPLER}
+_RECIPE: dict[str, Any] = {
+    "seed": _WHOLE,
+    "threads": _COUNT,
+    "font_atlas": _TEXT,
+    "stages": _STAGES,
+    "start": {"checkpoint": _TEXT},
+    "tower": _TABLE,
+    "resampler": _RESAMPLER,
+    "renderer": {field.name: _ANY for field in fields(RendererConfig)},
+    "generator": {
+        "base": _TEXT,
+        "pretrained": _TEXT,
+        "revision": _TEXT,
+        "dtype": _one_of("float32", "bfloat16", "float16"),
+        "vocabulary": _COUNT,
+        "projector_width": _COUNT,
+        "spelling": _WHOLE,
+        "slots": _WHOLE,
+        "lora": _TABLE,
+    },
+    "compressor": {"kind": _one_of(*KINDS), **_COMPRESSOR},
+    "compressors": dict.fromkeys(KINDS, _COMPRESSOR),
+    "ablations": _TABLE,
+    "data": {"folder": _TEXT, "text": _TEXTS, "characters": _BOUNDS, "questions": _TABLE},
+    "trainer": _TABLE,
+    "evaluation": {
+        "every": _COUNT,
+        "metric": _TEXT,
+        "method": _TEXT,
+        "rate": _Value("a number of 1 or more", lambda value: _is_number(value) and value >= 1),
+        "block": _TABLE,
+    },
+    "settings": _TABLE,
+}
+
+
+# -------------------------------------------------------------------------------------------------- found, overridden
 
 
 def load_recipe(name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -119,55 +263,112 @@ def _override(recipe: dict[str, Any], override: str) -> None:
     at[key] = value
 
 
+# ------------------------------------------------------------------------------------------------------------ checked
+
+
 def check_recipe(recipe: Mapping[str, Any]) -> None:
-    """Refuse what no stage would read: a typing error must not cost a night.
+    """Refuse what no stage would read, and what a stage would miss: a typing error must not cost a night.
 
     Raises:
-        ConfigError: If a setting is unknown, missing or of the wrong kind.
+        ConfigError: If a setting is unknown, missing or of the wrong kind, or settings do not fit each other.
     """
-    _check_keys(recipe, _RECIPE, "recipe")
+    _check(recipe, _RECIPE, "recipe")
     if not recipe.get("stages"):
         raise ConfigError("recipe must have at least one [[stages]] table, got none.")
-    for table in ("data", "generator"):
-        if table not in recipe and not (table == "generator" and "start" in recipe):
-            raise ConfigError(f"recipe must have a [{table}] table, got none.")
+    _check_trainer(recipe, "recipe")
+    _check_models(recipe)
+    if "evaluation" in recipe:
+        _require(recipe["evaluation"], _RECIPE["evaluation"], ("every", "block"), "recipe, evaluation")
     names = [stage.get("name") for stage in recipe["stages"]]
     if len(set(names)) < len(names) or None in names:
         raise ConfigError(f"stages must have names of their own, got {', '.join(map(str, names))}; set name.")
     for stage in recipe["stages"]:
-        where = f"stage {stage['name']}"
-        kind = stage.get("kind")
+        kind, where = stage.get("kind"), f"stage {stage['name']}"
         if kind not in STAGES:
             raise ConfigError(f"{where}: kind must be one of {', '.join(STAGES)}, got {kind!r}.")
-        _check_keys(stage, STAGES[kind], where)
-        needed = ("steps", "learning_rate", "batch" if kind in READING else "patches")
-        for key in needed:
-            value = stage.get(key)
-            if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-                raise ConfigError(f"{where}: {key} must be a number above 0, got {value!r}.")
-        for part in stage.get("train", ()):
-            if part not in PARTS:
-                raise ConfigError(f"{where}: train must name parts among {', '.join(PARTS)}, got {part!r}.")
-        for task in stage.get("tasks", ()):
-            if task not in TASKS["align"] | TASKS["qa"]:
-                known = ", ".join(TASKS["align"] | TASKS["qa"])
-                raise ConfigError(f"{where}: tasks must be among {known}, got {task!r}.")
-
-
-def _check_keys(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
-    for key, value in table.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
-            raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
-        inner = known[key]
-        if isinstance(inner, Mapping):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{where}: {key} must be a table, got {value!r}.")
-            _check_keys(value, inner, f"{where}, {key}")
+        _check(stage, STAGES[kind], where)
+        _require(stage, STAGES[kind], ("steps", "learning_rate", "batch" if kind in READING else "patches"), where)
+        for task, settings in stage.get("tasks", {}).items():
+            _require(settings, _TASK, _TASK, f"{where}, tasks, {task}")
+        _check_trainer(stage, where)
+        _check_stage(stage, recipe, where)
 
 
 def trained_parts(stage: Mapping[str, Any]) -> Sequence[str]:
     """The parts that a stage trains: its ``train``, or resampler and projector."""
     parts: Sequence[str] = stage.get("train", ("resampler", "projector"))
     return parts
+
+
+def _check(table: Mapping[str, Any], known: Mapping[str, Any], where: str) -> None:
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
+            raise ConfigError(f"{where}: unknown setting {key!r}; {hint}")
+        wanted = known[key]
+        expected = _TABLE if isinstance(wanted, Mapping) else wanted
+        if not expected.fits(value):
+            raise ConfigError(f"{where}: {key} must be {expected.words}, got {value!r}.")
+        if isinstance(wanted, Mapping):
+            _check(value, wanted, f"{where}, {key}")
+
+
+def _require(table: Mapping[str, Any], known: Mapping[str, Any], keys: Iterable[str], where: str) -> None:
+    for key in keys:
+        if key not in table:
+            expected = _TABLE if isinstance(known[key], Mapping) else known[key]
+            raise ConfigError(f"{where}: {key} must be {expected.words}, got none.")
+
+
+def _check_trainer(table: Mapping[str, Any], where: str) -> None:
+    for key in table.get("trainer", {}):
+        if key in _DECIDED:
+            raise ConfigError(f"{where}, trainer: {key} must be left out, a stage's own settings decide it.")
+
+
+def _check_models(recipe: Mapping[str, Any]) -> None:
+    """Whether there is something to train: a checkpoint to start from, or a tower and a generator."""
+    for name, table in recipe.get("ablations", {}).items():
+        _check({name: table}, {name: {"set": _TEXTS}}, "recipe, ablations")
+    needed = ("start",) if {"compressor", "compressors"} & recipe.keys() else ("tower", "generator")
+    for table in ("data", *(needed if "start" not in recipe else ())):
+        if table not in recipe:
+            raise ConfigError(f"recipe must have a [{table}] table, got none.")
+    if "compressor" in recipe:
+        _require(recipe["compressor"], _RECIPE["compressor"], ("kind",), "recipe, compressor")
+    if "start" in recipe:
+        _require(recipe["start"], _RECIPE["start"], ("checkpoint",), "recipe, start")
+        return
+    generator = recipe["generator"]
+    if ("base" in generator) == ("pretrained" in generator):
+        raise ConfigError("recipe, generator: set either pretrained (a causal LM) or base (a sentence encoder).")
+    if "base" in generator:
+        _require(generator, _RECIPE["generator"], ("vocabulary",), "recipe, generator")
+
+
+def _check_stage(stage: Mapping[str, Any], recipe: Mapping[str, Any], where: str) -> None:
+    """Whether a stage has what it needs: models, data, and something to learn in every batch."""
+    kind, data, parts = stage["kind"], recipe["data"], set(trained_parts(stage))
+    if kind == "tower" and ("start" in recipe or "base" not in recipe["generator"] or "pretrained" in recipe["tower"]):
+        raise ConfigError(
+            f"{where}: kind tower needs a fresh [tower] and the base of a [generator], to read its words."
+        )
+    if "lora" in parts and ("start" in recipe or "lora" not in recipe["generator"]):
+        raise ConfigError(f"{where}: train must name lora only where [generator.lora] sets adapters up.")
+    tasks = set(stage.get("tasks", TASKS.get(kind, {})))
+    if stage.get("answers") and "answer" not in tasks:
+        raise ConfigError(f"{where}: answers needs the task answer among tasks, got {', '.join(sorted(tasks))}.")
+    asks = "answer" in tasks and not stage.get("answers")
+    if asks and not data.get("questions"):
+        raise ConfigError(f"{where}: the task answer needs [data.questions], or answers = N without labels.")
+    counts_words = "pve" in stage or ("start" not in recipe and "base" in recipe["generator"])
+    reads_texts = counts_words or kind not in READING or tasks != {"answer"} or stage.get("distractors")
+    if (reads_texts or not data.get("questions")) and not data.get("text"):
+        raise ConfigError(f"{where}: [data] must name text, got none.")
+    # A batch that holds nothing of what is trained has no gradient.
+    of_generator = {"generator", "embeddings", "lora"}
+    for share, needed in (("raw", of_generator), ("ideal", of_generator | {"projector", "boundaries"})):
+        if stage.get(share) and not parts & needed:
+            listed = ", ".join(part for part in PARTS if part in needed)
+            raise ConfigError(f"{where}: {share} must be 0 where train names none of {listed}, got {stage[share]}.")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -19,11 +20,12 @@ from vist_rag.compression import PassageCompressor
 from vist_rag.compression.memory import PASSAGE_GAP
 from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.config import RendererConfig
-from vist_rag.errors import ConfigError
-from vist_rag.generation import VistGenerator
+from vist_rag.errors import MissingDependencyError
+from vist_rag.generation import VistGenerator, best_device
 from vist_rag.references import Reference
 from vist_rag.rendering import Renderer
 from vist_rag.training.answers import own_answers
+from vist_rag.training.checkpoints import load_parts, load_trained
 from vist_rag.training.corpus import PassageCorpus, QuestionCorpus, open_passages, open_questions
 from vist_rag.training.counts import TokenCounts, count_tokens
 from vist_rag.training.data import LengthBatches
@@ -38,16 +40,23 @@ from vist_rag.training.parts import (
     plain,
     pretrained_generator,
     sentence_generator,
+    train_only,
 )
-from vist_rag.training.reading import MemoryReading
+from vist_rag.training.reading import MemoryReading, without_adapter
 from vist_rag.training.recipe import READING, TASKS, check_recipe, trained_parts
 from vist_rag.training.tower import TowerReading, reading_batch
-from vist_rag.training.trainer import load_trained, processes, train_stage
+from vist_rag.training.trainer import processes, train_stage
 from vist_rag.training.vocabulary import prune_vocabulary
 from vist_rag.types import Passage
 
+try:
+    from accelerate import PartialState
+except ImportError as error:
+    raise MissingDependencyError("Training", "accelerate", "train") from error
+
 _PIXELS_PER_CHARACTER = 5.1  # of the embedded atlas, over English text: an estimate for batching only
 _SAMPLE = 12  # one text in so many is counted
+_PATIENCE = timedelta(hours=12)  # of processes that wait while the first one counts words or answers questions
 
 Judge = Callable[[PassageCompressor, VistGenerator, Path], Mapping[str, float]]
 
@@ -74,6 +83,8 @@ class RecipeRun:
     ) -> None:
         check_recipe(recipe)
         self.recipe, self.data, self.output, self.skip_bad, self.judge = recipe, data, output, skip_bad, judge
+        PartialState(cpu=best_device().type == "cpu", timeout=_PATIENCE)
+        self.cache = output / "data"
         self.seed = int(recipe.get("seed", 0))
         if threads := recipe.get("threads"):
             torch.set_num_threads(int(threads))
@@ -82,6 +93,7 @@ class RecipeRun:
         output.mkdir(parents=True, exist_ok=True)
         self._texts: PassageCorpus | None = None
         self._known: set[str] = set()
+        self._goes_first = False
 
     def run(self) -> Path:
         """Run every stage that is not finished, and export; returns the checkpoint directory."""
@@ -92,9 +104,9 @@ class RecipeRun:
                 self._stages()[stage["kind"]](stage, directory, before)
             before = directory / "final"
         model = self.output / "model"
+        compressor, generator = self.parts()  # in every process, as they wait for each other
+        trained = load_parts(MemoryReading(compressor, generator), directory / "final")
         if PartialState().is_main_process:
-            compressor, generator = self.parts()
-            trained = load_parts(MemoryReading(compressor, generator), directory / "final")
             self.export(compressor, generator, trained, model)
         PartialState().wait_for_everyone()
         return model
@@ -121,7 +133,7 @@ class RecipeRun:
     def tokenizer(self) -> tuple[Tokenizer, list[int]]:
         """The pruned vocabulary of a generator made from a sentence encoder, counted once and kept."""
         vocabulary, ids = self.output / "tokenizer.json", self.output / "old_ids.json"
-        with PartialState().main_process_first():
+        with self._first_process_first():
             if not (vocabulary.is_file() and ids.is_file()):
                 base = base_model(self.recipe["generator"]["base"])
                 full = plain(Tokenizer.from_file(str(base / "tokenizer.json")))
@@ -134,13 +146,13 @@ class RecipeRun:
 
     def texts(self) -> PassageCorpus:
         """All plain text, on disk."""
-        if self._texts is None:
-            settings = self.recipe["data"]
-            with PartialState().main_process_first():
+        settings = self.recipe["data"]
+        with self._first_process_first():
+            if self._texts is None:
                 self._texts = open_passages(
                     self.data,
                     settings["text"],
-                    self.output / "data",
+                    self.cache,
                     skip_bad=self.skip_bad,
                     characters=tuple(settings.get("characters", (30, 1200))),
                 )
@@ -148,17 +160,27 @@ class RecipeRun:
 
     def questions(self) -> QuestionCorpus:
         """All questions with their passages, on disk."""
-        with PartialState().main_process_first():
-            return open_questions(
-                self.data, self.recipe["data"]["questions"], self.output / "data", skip_bad=self.skip_bad
-            )
+        with self._first_process_first():
+            return open_questions(self.data, self.recipe["data"]["questions"], self.cache, skip_bad=self.skip_bad)
 
     def token_counts(self, generator: VistGenerator) -> TokenCounts:
         """How often each token of the generator comes in the texts, counted once and kept."""
-        path = self.output / "data" / "token_counts.safetensors"
+        texts, path = self.texts(), self.cache / "token_counts.safetensors"
+        with self._first_process_first():
+            return count_tokens((p.content for p in texts), generator.tokenizer, path=path, key=texts.key)
+
+    @contextmanager
+    def _first_process_first(self) -> Iterator[None]:
+        """What is kept on disk is made by the first process, and found there by the others, who wait for it."""
+        if self._goes_first:  # within another such block
+            yield
+            return
         with PartialState().main_process_first():
-            texts = (p.content for p in self.texts())
-            return count_tokens(texts, generator.tokenizer, path=path, key=self.texts().key)
+            self._goes_first = True
+            try:
+                yield
+            finally:
+                self._goes_first = False
 
     def _sample(self) -> list[str]:
         """One text in so many."""
@@ -170,11 +192,11 @@ class RecipeRun:
         tokenizer, old_ids = self.tokenizer()
         base = base_model(self.recipe["generator"]["base"])
         words = load_file(str(base / "model.safetensors"))["embeddings.word_embeddings.weight"]
-        model = TowerReading(tower, words[torch.tensor(old_ids)])
+        model = TowerReading(tower, words[torch.tensor(old_ids)], fresh=True)
         if before is not None:
             self._known = load_trained(model, before / "model.safetensors")
         renderer = Renderer(atlas(self.recipe), RendererConfig(channels=self.recipe["tower"]["num_channels"]))
-        batches = self._text_batches(stage)
+        batches = self.text_batches(stage)
         texts = self.texts()
 
         def build(number: int) -> dict[str, Any]:
@@ -184,24 +206,24 @@ class RecipeRun:
 
     def _lexical_stage(self, stage: Mapping[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
-        words = cast(Tensor, generator.model.get_input_embeddings().weight)
+        words = cast(Tensor, generator.model.get_input_embeddings().weight).float()
         heads = None
         if stage.get("reading"):
-            heads = TowerReading(cast(VisionTower, compressor.tower), words.detach().clone())
+            heads = TowerReading(cast(VisionTower, compressor.tower), words.detach().float())
         parts = MemoryReading(compressor, generator)
         if before is not None:
             self._known = load_parts(parts, before)
-        train_only(parts, stage.get("train", ("resampler", "projector")))
+        train_only(parts, trained_parts(stage))
+        tokenizer = plain(Tokenizer.from_str(generator.tokenizer.backend_tokenizer.to_str()))
         salience = None
         if compressor.resampler_config.salience:
-            salience = piece_salience(self.tokenizer()[0], self._sample())
+            salience = piece_salience(tokenizer, self._sample())
         counts = self.token_counts(generator) if "pve" in stage else None
         model = LexicalAlignment(
             compressor, generator.fusion, words, heads, salience, pve=Pve.of(stage.get("pve"), counts)
         )
         model.train()
-        tokenizer, _ = self.tokenizer()
-        texts, batches = self.texts(), self._text_batches(stage)
+        texts, batches = self.texts(), self.text_batches(stage)
         share, joined = stage.get("salad", 0.0), stage.get("joined", 1)
         salad = WordSalad(self._sample(), tokenizer) if share else None
 
@@ -224,13 +246,13 @@ class RecipeRun:
 
         self._train(model, stage, build, directory, result=parts)
 
-    def _text_batches(self, stage: Mapping[str, Any]) -> LengthBatches:
+    def text_batches(self, stage: Mapping[str, Any]) -> LengthBatches:
         """All plain text, in batches of ``stage["patches"]`` patches."""
         lengths = self.texts().lengths
         patches = [min(256, int(length * _PIXELS_PER_CHARACTER / 14) + 1) for length in lengths]
-        return LengthBatches(patches, budget=stage["patches"], steps=self._count(stage), seed=self.seed)
+        return LengthBatches(patches, budget=stage["patches"], steps=self.batches(stage), seed=self.seed)
 
-    def _count(self, stage: Mapping[str, Any]) -> int:
+    def batches(self, stage: Mapping[str, Any]) -> int:
         """Batches that a stage takes, over all processes."""
         trainer = {**self.recipe.get("trainer", {}), **stage.get("trainer", {})}
         return int(stage["steps"]) * int(trainer.get("gradient_accumulation_steps", 1)) * processes()
@@ -277,10 +299,12 @@ class RecipeRun:
         if self.judge is not None:
 
             def judge(step: int) -> Mapping[str, float]:
+                folder = directory / "evaluation" / f"step-{step}"
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped, and of other weights
                 was_training = model.training
                 model.eval()
                 try:
-                    return cast(Judge, self.judge)(compressor, generator, directory / "evaluation" / f"step-{step}")
+                    return cast(Judge, self.judge)(compressor, generator, folder)
                 finally:
                     model.train(was_training)
 
@@ -289,11 +313,13 @@ class RecipeRun:
     def _own_answers(self, stage: Mapping[str, Any], generator: VistGenerator) -> QuestionCorpus:
         """Questions with the answers that the generator itself gives when it reads the passage as text."""
         asked: Any = self.questions() if self.recipe["data"].get("questions") else self.texts()
-        with PartialState().main_process_first():
+        for part in (generator.model, generator.fusion):
+            cast(nn.Module, part).to(PartialState().device)
+        with self._first_process_first(), without_adapter(generator.model):
             return own_answers(
                 generator,
                 asked,
-                self.output / "data" / f"answers-{stage['name']}.jsonl",
+                self.cache / f"answers-{stage['name']}.jsonl",
                 count=stage["answers"],
                 seed=self.seed,
             )
@@ -319,57 +345,10 @@ class RecipeRun:
             directory,
             seed=self.seed,
             known=self._known,
-            pretrained=".bert." if "base" in self.recipe["generator"] else ".lm.",
+            pretrained=".bert." if "base" in self.recipe.get("generator", {}) else ".lm.",
             evaluate_every=evaluation.get("every", 0) if more.get("evaluate") else 0,
             metric=evaluation.get("metric", "em"),
             trainer={**self.recipe.get("trainer", {}), **stage.get("trainer", {})},
             **settings,
             **more,
         )
-
-
-def train_only(model: MemoryReading, parts: Sequence[str]) -> None:
-    """Freeze all but the named parts (``recipe.PARTS``).
-
-    Raises:
-        ConfigError: If adapters are to be trained and the generator has none.
-    """
-    model.requires_grad_(False)
-    embeddings = model.lm.get_input_embeddings()
-    if "tower" in parts:
-        model.compressor.tower.requires_grad_(True)
-    if "resampler" in parts:
-        for name, child in model.compressor.named_children():
-            child.requires_grad_(name != "tower" or "tower" in parts)
-    if "projector" in parts:
-        model.fusion.requires_grad_(True)
-    if "boundaries" in parts:
-        model.fusion.boundaries.requires_grad_(True)
-    if "generator" in parts:
-        for name, weight in model.lm.named_parameters():
-            weight.requires_grad_("lora_" not in name)
-        embeddings.requires_grad_("embeddings" in parts)
-    elif "embeddings" in parts:
-        embeddings.requires_grad_(True)
-    if "lora" in parts:
-        adapters = [weight for name, weight in model.lm.named_parameters() if "lora_" in name]
-        if not adapters:
-            raise ConfigError("train must name lora only where [generator.lora] sets adapters up, got none.")
-        for weight in adapters:
-            weight.requires_grad_(True)
-
-
-def load_parts(model: MemoryReading, directory: Path) -> set[str]:
-    """Weights of an earlier stage, of the tower alone or of more; returns their names.
-
-    Raises:
-        CheckpointError: If the file does not fit.
-    """
-    path = directory / "model.safetensors"
-    with safe_open(str(path), framework="pt") as file:
-        tower_alone = any(name.startswith("tower.") for name in file.keys())  # noqa: SIM118 - not a dict
-    if not tower_alone:
-        return load_trained(model, path)
-    state = {n.removeprefix("tower."): t for n, t in load_file(str(path)).items() if n.startswith("tower.")}
-    model.compressor.tower.load_state_dict(state)
-    return {f"compressor.tower.{name}" for name in state}

@@ -33,11 +33,14 @@ class TowerReading(nn.Module):
         word_embeddings: Embeddings of the word pieces, float ``[v, e]``; frozen: the head must land near the
             piece's own embedding, among all pieces of the batch.
         character_layer: Hidden state that names the characters.
+        fresh: Whether the tower has learned nothing yet: its positions then start as sinusoids.
     """
 
     word_embeddings: Tensor
 
-    def __init__(self, tower: VisionTower, word_embeddings: Tensor, *, character_layer: int = 1) -> None:
+    def __init__(
+        self, tower: VisionTower, word_embeddings: Tensor, *, character_layer: int = 1, fresh: bool = False
+    ) -> None:
         super().__init__()
         self.tower = tower
         self.character_layer = character_layer
@@ -47,7 +50,7 @@ class TowerReading(nn.Module):
         centred = word_embeddings - word_embeddings.mean(0)
         self.register_buffer("word_embeddings", F.normalize(centred, dim=-1) * WORD_SCALE, persistent=False)
         position_embeddings = getattr(tower.model.embeddings, "position_embeddings", None)
-        if isinstance(position_embeddings, nn.Parameter):
+        if fresh and isinstance(position_embeddings, nn.Parameter):
             # Sinusoids make "the patch before this one" a linear map from the first step on.
             with torch.no_grad():
                 position_embeddings[0, 1:] = sinusoids(position_embeddings.shape[1] - 1, tower.width)

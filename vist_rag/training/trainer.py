@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
-from vist_rag.errors import CheckpointError, ConfigError
+from vist_rag.errors import ConfigError
+from vist_rag.generation import best_device
+from vist_rag.training.checkpoints import last_checkpoint, load_trained, rewind, save_trained, step_of, trained_names
 
 Evaluate = Callable[[int], Mapping[str, float]]
 
@@ -42,6 +41,43 @@ class Batches(Dataset[dict[str, Any]]):
         return self.build(number)
 
 
+class _Rhythm(TrainerCallback):
+    """Saves between evaluations too, and logs what is saved, so that a log goes on where its checkpoint does."""
+
+    def __init__(self, save_every: int) -> None:
+        self._save_every = save_every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_save = control.should_save or state.global_step % self._save_every == 0
+        control.should_log = control.should_log or control.should_save
+
+
+class _Bar(TrainerCallback):
+    """Progress on stderr, and none where that is a file: transformers' own prints on stdout, too."""
+
+    _bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar = tqdm(
+            desc=Path(args.output_dir).name,
+            total=state.max_steps,
+            initial=state.global_step,
+            unit=" steps",
+            dynamic_ncols=True,
+            disable=None if state.is_world_process_zero else True,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.close()
+
+
 class _StageTrainer(Trainer):
     """Logs what the model returns beside its loss, reads batches in their order, and keeps what is trained only."""
 
@@ -57,43 +93,47 @@ class _StageTrainer(Trainer):
     ) -> None:
         self._slow, self._slow_rate, self._kept, self._judge = slow, slow_rate, kept, judge
         super().__init__(*args, **kwargs)
-        self._figures: dict[str, list[float]] = defaultdict(list)
+        self._figures: dict[str, list[Tensor]] = defaultdict(list)
         self._log_path = log_path
 
     def _get_train_sampler(self, *_: Any) -> torch.utils.data.Sampler[int]:
         return torch.utils.data.SequentialSampler(cast(Batches, self.train_dataset))
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
-        """AdamW; what starts from pretrained weights moves slower than what starts from nothing."""
+        """The optimizer; what starts from pretrained weights moves slower than what starts from nothing."""
         if self.optimizer is None:
             groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
             for name, weight in cast(nn.Module, self.model).named_parameters():
                 if weight.requires_grad:
-                    groups[bool(self._slow) and self._slow in f".{name}"].append(weight)
+                    groups[self._slow != "" and self._slow in f".{name}" and "lora_" not in name].append(weight)
             rate = self.args.learning_rate
-            self.optimizer = torch.optim.AdamW(
+            make, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = make(
                 [
                     {"params": weights, "lr": rate * (self._slow_rate if slow else 1.0)}
                     for slow, weights in groups.items()
                     if weights
                 ],
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                weight_decay=self.args.weight_decay,
+                **{**options, "weight_decay": self.args.weight_decay},
             )
-        return self.optimizer
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         outputs = model(**inputs)
         for name, value in outputs.items():
             if name != "loss":
-                self._figures[name].append(float(value))
+                self._figures[name].append(value.detach())  # a float of it would wait for the device
         return cast(Tensor, outputs["loss"])
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Figures of the harness, of the first process, told to all."""
         told: list[dict[str, float]] = [{}]
         if self.is_world_process_zero() and self._judge is not None:
-            told = [{f"eval_{name}": float(value) for name, value in self._judge(self.state.global_step).items()}]
+            figures = self._judge(self.state.global_step)
+            metric = str(self.args.metric_for_best_model).removeprefix("eval_")
+            if metric not in figures:
+                raise ConfigError(f"metric of [evaluation] must be one of {', '.join(figures)}, got {metric!r}.")
+            told = [{f"eval_{name}": float(value) for name, value in figures.items()}]
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(told)
         self.log(dict(told[0]))
@@ -113,48 +153,12 @@ class _StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 4) for name, values in self._figures.items() if values}
+            logs |= {name: round(float(torch.stack(some).mean()), 4) for name, some in self._figures.items()}
             self._figures.clear()
         if self.is_world_process_zero() and ("loss" in logs or any(name.startswith("eval_") for name in logs)):
             with self._log_path.open("a") as file:
                 file.write(json.dumps({"step": self.state.global_step, **logs}) + "\n")
         super().log(logs, *args, **kwargs)
-
-
-def save_trained(model: nn.Module, path: Path, kept: set[str], state: Mapping[str, Tensor] | None = None) -> None:
-    """Write the named weights of a model; weights that are tied are written once."""
-    state = model.state_dict() if state is None else state
-    seen: dict[int, str] = {}
-    named = {}
-    for name in sorted(kept):
-        tensor = state[name].detach()
-        if seen.setdefault(tensor.data_ptr(), name) == name:
-            named[name] = tensor.cpu().contiguous()
-    save_file(named, str(path), metadata={"format": "pt"})
-
-
-def load_trained(model: nn.Module, path: Path) -> set[str]:
-    """Read what ``save_trained`` wrote into a model, and return the names; all else stays as it is.
-
-    Raises:
-        CheckpointError: If the file is missing, or does not fit the model.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} must be the weights of a finished stage, got no such file; train it first.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = set(file.keys())
-        unexpected = model.load_state_dict(load_file(str(path)), strict=False).unexpected_keys
-    except Exception as error:
-        raise CheckpointError(f"{path} does not fit this recipe ({error}); train from the start.") from error
-    if unexpected:
-        raise CheckpointError(f"{path} does not fit this recipe ({unexpected[0]} has no place); train from the start.")
-    return names
-
-
-def trained_names(model: nn.Module) -> set[str]:
-    """Names of the weights that a stage changes."""
-    return {name for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def processes() -> int:
@@ -185,8 +189,8 @@ def train_stage(
 ) -> None:
     """Train ``model``, each step on batches that no other step sees.
 
-    Continues from the last checkpoint in ``directory`` where there is one, with the losses that a run without a stop
-    would have had.
+    Continues from the last whole checkpoint in ``directory`` where there is one, with the losses that a run without a
+    stop would have had; the log is that of such a run.
 
     Args:
         model: Its ``forward(**batch)`` returns ``{"loss": ..., figure: ...}``; figures are averaged into ``log.jsonl``.
@@ -196,7 +200,7 @@ def train_stage(
         learning_rate: Peak, AdamW.
         warmup: Share of the steps.
         weight_decay: AdamW's.
-        save_every: Steps between checkpoints.
+        save_every: Steps between checkpoints; every evaluation has one, too.
         seed: Of everything random.
         schedule: A Hugging Face scheduler name.
         pretrained: Part of the names of weights that started from a pretrained model.
@@ -208,12 +212,14 @@ def train_stage(
         metric: Which of the figures decides.
         trainer: Further ``TrainingArguments``: bf16, gradient_accumulation_steps, fsdp, deepspeed and so on.
     Raises:
-        ConfigError: If ``trainer`` holds what ``TrainingArguments`` does not take.
+        CheckpointError: If the last checkpoint does not fit the model.
+        ConfigError: If ``trainer`` holds what ``TrainingArguments`` does not take, or no evaluation gives ``metric``.
     """
     directory.mkdir(parents=True, exist_ok=True)
     judged = evaluate if evaluate_every else None
-    if judged and save_every % evaluate_every and evaluate_every % save_every:
-        save_every = evaluate_every  # the best weights are among those that are saved
+    wanted = dict(trainer or {})
+    if not hasattr(model, "activation_checkpointing_enable"):  # no generator runs
+        wanted = {name: value for name, value in wanted.items() if "checkpointing" not in name}
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": steps,
@@ -222,33 +228,36 @@ def train_stage(
         "lr_scheduler_type": schedule,
         "warmup_steps": int(steps * warmup),
         "weight_decay": weight_decay,
+        "optim": "adamw_torch",
         "adam_beta2": 0.98,
         "max_grad_norm": 1.0,
         "logging_steps": min(10, steps),
-        "save_steps": save_every,
+        "save_steps": evaluate_every if judged else save_every,  # the best weights are among those that are saved
         "save_total_limit": 2,
         "seed": seed,
         "data_seed": seed,
         "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "report_to": ["tensorboard"] if find_spec("tensorboard") else [],
         "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": False,  # batches are made where the model is
         "ddp_find_unused_parameters": True,  # a batch of raw text leaves the projector out
-        "disable_tqdm": None,
+        "ddp_broadcast_buffers": False,  # glyphs and embeddings, which do not change
+        "use_cpu": best_device().type == "cpu",
+        "disable_tqdm": True,
     }
     if judged:
         settings |= {
             "eval_strategy": "steps",
             "eval_steps": evaluate_every,
-            "save_steps": math.lcm(save_every, evaluate_every),
             "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_{metric}",
             "greater_is_better": True,
         }
     try:
-        arguments = TrainingArguments(**(settings | dict(trainer or {})))
+        arguments = TrainingArguments(**(settings | wanted))
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"[trainer] must be settings of transformers' TrainingArguments ({error}).") from error
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs take a process each; one for all would split batches
     kept = (known or set()) | trained_names(model)
     part = _StageTrainer(
         model=model,
@@ -261,8 +270,14 @@ def train_stage(
         slow_rate=pretrained_rate,
         kept=kept & set(model.state_dict()),
         judge=judged,
+        callbacks=[_Rhythm(save_every), _Bar()],
     )
-    part.train(resume_from_checkpoint=get_last_checkpoint(str(directory)))
+    for printing in (PrinterCallback, ProgressCallback):
+        part.remove_callback(printing)
+    last = last_checkpoint(directory)
+    if part.is_world_process_zero():
+        rewind(directory / "log.jsonl", step_of(last))
+    part.train(resume_from_checkpoint=str(last) if last else None)
     if part.is_world_process_zero():
         # Written beside its place, then moved there: what is called final is whole.
         final, unfinished = directory / "final", directory / "model.safetensors.part"

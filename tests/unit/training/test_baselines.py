@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-import vist_rag.training.recipe as recipe_module
-from tests.support.tiny import BERT_SIZES, TOWER, save_tiny_checkpoint, tiny_tokenizer
+from tests.support.tiny import BERT_SIZES, save_tiny_checkpoint, tiny_tokenizer
+from tests.support.training import log_of, sentence_recipe, stage
 from vist_rag.compression import TextCompressor, VistCompressor
 from vist_rag.compression.resampler import PerceiverResampler, WindowPooling
 from vist_rag.compression.text import DIGITS
@@ -24,12 +24,15 @@ from vist_rag.compression.vision import VisionTower
 from vist_rag.errors import ConfigError, IncompatibleMemoryError
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import load_compressor, read_settings
-from vist_rag.training.baselines import KINDS, BaselineRun, recipe_runs
 from vist_rag.training.lexical import lexical_batch
-from vist_rag.training.recipe import RecipeRun, load_recipe
-from vist_rag.training.trainer import train_stage
+from vist_rag.training.recipe import KINDS, load_recipe
 
 pytest.importorskip("accelerate", reason="training needs the extra 'train'")
+
+import vist_rag.training.run as run_module
+from vist_rag.training.baselines import BaselineRun, ContinuedRun, recipe_runs
+from vist_rag.training.run import RecipeRun
+from vist_rag.training.trainer import train_stage
 
 TEXT = "The old bridge was built in 1867 by Marie Curie. The river runs from a lake to the sea."
 STEPS = 3
@@ -106,7 +109,7 @@ def runs(
             return lexical_batch(texts, *args, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(recipe_module, "lexical_batch", noted)
+            patch.setattr(run_module, "lexical_batch", noted)
             models[run.output.name] = run.run()
     return models, seen
 
@@ -137,10 +140,66 @@ def test_every_kind_has_a_recipe_that_ships() -> None:
 
 
 def test_a_recipe_without_compressors_is_one_run(base: Path, data: Path, tmp_path: Path) -> None:
-    plan = {"tower": TOWER, "generator": {"base": str(base)}}
+    plan = sentence_recipe(base, stage("qa"))
     (run,) = recipe_runs(plan, data, tmp_path)
     assert type(run) is RecipeRun
     assert run.output == tmp_path
+    with pytest.raises(ConfigError, match=r"--only must name runs among none \(this recipe is one run\), got 'vist'"):
+        recipe_runs(plan, data, tmp_path, only="vist")
+
+
+def test_runs_are_chosen_by_name(start: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    plan = recipe(start, base)
+    found = recipe_runs(plan, data, tmp_path, only="mean_pool,vist")
+    assert [(type(run), run.output) for run in found] == [
+        (BaselineRun, tmp_path / "mean_pool"),
+        (BaselineRun, tmp_path / "vist"),
+    ]
+    with pytest.raises(ConfigError, match=r"--only must name runs among vist, text_encoder, .*, got 'qformer'"):
+        recipe_runs(plan, data, tmp_path, only="vist,qformer")
+
+
+def test_an_ablation_is_the_recipe_with_its_changes(start: Path, data: Path, tmp_path: Path) -> None:
+    plan = continued(start) | {"ablations": {"plain": {}, "less": {"set": ["stages.align.steps=1", "seed=4"]}}}
+    plain, less = recipe_runs(plan, data, tmp_path)
+    assert [run.output.name for run in (plain, less)] == ["plain", "less"]
+    assert [run.recipe["stages"][0]["steps"] for run in (plain, less)] == [2, 1]
+    assert (plain.seed, less.seed) == (0, 4)
+    assert type(less) is ContinuedRun
+    with pytest.raises(ConfigError, match="did you mean steps"):
+        recipe_runs(plan | {"ablations": {"wrong": {"set": ["stages.align.step=1"]}}}, data, tmp_path)
+
+
+def continued(start: Path) -> dict[str, Any]:
+    reading = {"train": ["resampler", "projector"], "pve": {"weight": 0.5}}
+    return {
+        "start": {"checkpoint": str(start)},
+        "data": {"text": ["texts.jsonl"]},
+        "stages": [stage("align", **reading), stage("distill", tasks={"continue": {"weight": 1.0, "words": [6, 20]}})],
+        "settings": {"max_new_tokens": 4},
+    }
+
+
+def test_a_checkpoint_is_taught_further(start: Path, data: Path, tmp_path: Path) -> None:
+    (run,) = recipe_runs(continued(start), data, tmp_path)
+    assert type(run) is ContinuedRun
+    model = run.run()
+    (before, generator), (after, learnt) = load(start), load(model)
+    for name, tensor in before.tower.state_dict().items():
+        assert torch.equal(after.tower.state_dict()[name], tensor), name
+    for name, tensor in generator.model.state_dict().items():
+        torch.testing.assert_close(learnt.model.state_dict()[name], tensor, rtol=0, atol=0.02)
+    weight = "projector.1.weight"
+    old = generator.fusion.state_dict()[weight]
+    moved = learnt.fusion.state_dict()[weight]
+    assert not torch.equal(moved, old)
+    torch.testing.assert_close(moved, old, rtol=0.05, atol=0.02)  # from where it stood
+    assert after.fingerprint != before.fingerprint
+    assert learnt.fusion.config.fingerprint == after.fingerprint
+    assert {"pve", "token_accuracy"} <= log_of(tmp_path / "align")[-1].keys()
+    assert log_of(tmp_path / "distill")[-1]["believed"] > 0
+    memory = after.encode([TEXT])[0]
+    assert learnt.generate([PromptTemplate().build("When?", [], [memory])], max_new_tokens=4)[0].completion_tokens
 
 
 def test_a_run_makes_a_model_that_reads_its_memories(model: Path, kind: str) -> None:
@@ -285,7 +344,7 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(
 ) -> None:
     plan = recipe(start, base)
     plan["compressors"] = {"text_encoder": plan["compressors"]["text_encoder"]}
-    monkeypatch.setattr(recipe_module, "train_stage", functools.partial(train_stage, save_every=1))
+    monkeypatch.setattr(run_module, "train_stage", functools.partial(train_stage, save_every=1))
     (run,) = recipe_runs(plan, data, tmp_path / "whole")
     whole = run.run()
     stage = tmp_path / "cut" / "text_encoder" / "lexical"
@@ -318,6 +377,9 @@ def test_a_run_is_the_same_whatever_ran_before_it(
 def test_an_unknown_kind_is_refused(start: Path, base: Path, data: Path, tmp_path: Path, compressor: str) -> None:
     plan = recipe(start, base)
     plan["compressors"] = {compressor: {}}
-    (run,) = recipe_runs(plan, data, tmp_path)
-    with pytest.raises(ConfigError, match=f"kind must be one of vist, text_encoder, .*mean_pool, got '{compressor}'"):
-        run.run()
+    with pytest.raises(ConfigError, match=f"unknown setting '{compressor}'; known are vist, text_encoder, .*mean_pool"):
+        recipe_runs(plan, data, tmp_path)
+    del plan["compressors"]
+    for table in ({"kind": compressor}, {}):
+        with pytest.raises(ConfigError, match=r"kind must be one of vist, text_encoder, .*mean_pool, got"):
+            recipe_runs(plan | {"compressor": table}, data, tmp_path)

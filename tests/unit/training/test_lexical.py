@@ -10,7 +10,9 @@ from torch import Tensor
 from tests.support.tiny import tiny_compressor, tiny_generator, tiny_tokenizer
 from vist_rag.compression import VistCompressor
 from vist_rag.generation import VistGenerator
+from vist_rag.training.counts import count_tokens
 from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, pack, piece_salience, window_salience
+from vist_rag.training.objectives import Pve
 from vist_rag.training.tower import TowerReading
 
 TEXTS = ["The old bridge was built in 1867", "the river runs from a lake to the sea", "marie curie"]
@@ -132,3 +134,47 @@ def test_salad_is_as_long_as_asked_and_the_same_again() -> None:
         assert text == salad(characters, random.Random(1))
         assert 0 < len(text) <= max(characters, len("bridge"))
     assert len(salad(200, random.Random(1))) > 180
+
+
+def test_pages_are_drawn_to_their_words() -> None:
+    compressor, generator, words = parts()
+    pve = Pve(count_tokens(TEXTS, generator.tokenizer).importance, weight=5.0)
+    model = LexicalAlignment(compressor, generator.fusion, words, pve=pve)
+    batch = lexical_batch(TEXTS, compressor, generator.tokenizer.backend_tokenizer, pve=pve, rng=random.Random(0))
+    plain = LexicalAlignment(compressor, generator.fusion, words)(**batch)
+    assert "pve" not in plain
+    first = model(**batch)
+    torch.testing.assert_close(first["loss"], plain["loss"] + first["pve"])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(20):
+        figures = model(**batch)
+        figures["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert figures["pve"] < 0.2 * first["pve"]
+
+
+def test_which_pieces_draw_depends_on_the_mask() -> None:
+    compressor, generator, _ = parts()
+    tokenizer, kept = generator.tokenizer.backend_tokenizer, {}
+    texts = [*TEXTS, "", "\u200b"]  # a page without a word is left out
+    importance = count_tokens([*TEXTS, *["the a the"] * 9], generator.tokenizer).importance
+    for mode in ("none", "random", "frequency"):
+        pve = Pve(importance, mask=mode)
+        kept[mode] = lexical_batch(texts, compressor, tokenizer, pve=pve, rng=random.Random(0))["kept_words"]
+    counts = [len(encoding.ids) for encoding in tokenizer.encode_batch(TEXTS, add_special_tokens=False)]
+    assert kept["none"].all()
+    assert len(kept["none"]) == sum(counts)
+    for mode in ("random", "frequency"):
+        assert [int((~row).sum()) for row in kept[mode].split(counts)] == [round(0.5 * count) for count in counts]
+    assert not torch.equal(kept["random"], kept["frequency"])
+
+
+def test_heads_leave_a_tower_that_has_learned_as_it_is() -> None:
+    compressor, _, words = parts()
+    before = {name: weight.clone() for name, weight in compressor.tower.state_dict().items()}
+    TowerReading(compressor.tower, words.detach())
+    assert all(torch.equal(weight, before[name]) for name, weight in compressor.tower.state_dict().items())
+    TowerReading(compressor.tower, words.detach(), fresh=True)
+    changed = {name for name, weight in compressor.tower.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"model.embeddings.position_embeddings"}

@@ -13,6 +13,7 @@ from vist_rag.errors import ConfigError
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import side_by_side
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.training.counts import count_tokens
 from vist_rag.training.data import Question
 from vist_rag.training.examples import (
     CONTINUE,
@@ -25,7 +26,9 @@ from vist_rag.training.examples import (
     reconstruct_example,
     window,
 )
-from vist_rag.training.reading import MemoryReading
+from vist_rag.training.objectives import Pve
+from vist_rag.training.parts import train_only
+from vist_rag.training.reading import MemoryReading, without_adapter
 from vist_rag.types import Passage
 
 TEXT = (
@@ -481,3 +484,170 @@ def test_parts_are_the_generators_own() -> None:
     assert model.lm is generator.model
     assert model.fusion is generator.fusion
     assert {name.partition(".")[0] for name in model.state_dict()} == {"compressor", "fusion", "lm"}
+
+
+# --------------------------------------------------------------------------------------- what is learned without labels
+
+LAKES = [
+    Example((Passage("the old bridge was built in 1867 by marie curie"),), "when", "in 1867", raw=False),
+    Example((Passage("a river runs from the lake to the sea"),), "where", "to the sea", raw=False),
+    Example((Passage("the answer to the old question and the document"),), "what", "the document", raw=False),
+]
+
+
+def learnt(model: MemoryReading, figure: str, *, steps: int = 30) -> list[float]:
+    """A figure before each of some steps on one batch; what learns is what requires a gradient."""
+    model.train()
+    batch = model.batch(LAKES, random.Random(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    figures = []
+    for _ in range(steps):
+        out = model(**batch)
+        figures.append(float(out[figure]))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+    return figures
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_memory_comes_to_be_read_as_its_text_is(family: str) -> None:
+    model = model_of(family, distil=20.0)  # a generator of random weights believes no target
+    train_only(model, ("resampler", "projector"))
+    model.teach_itself()
+    before = {name: weight.clone() for name, weight in model.lm.state_dict().items()}
+    batch = model.batch(LAKES, random.Random(0))
+    first = model.eval()(**batch)["believed"]
+    learnt(model, "believed")
+    assert model.eval()(**batch)["believed"] < 0.6 * first
+    assert all(torch.equal(weight, before[name]) for name, weight in model.lm.state_dict().items())
+
+
+def importance(model: MemoryReading) -> torch.Tensor:
+    texts = [example.passages[0].content for example in LAKES] + ["the the a the"] * 9
+    return count_tokens(texts, model._generator[0].tokenizer).importance
+
+
+def test_memory_is_drawn_to_the_words_of_its_text() -> None:
+    model = model_of("llama")
+    train_only(model, ("resampler", "projector"))
+    model.pve = Pve(importance(model), weight=5.0, mask="frequency")
+    figures = learnt(model, "pve")
+    assert figures[-1] < 0.2 * figures[0]
+    first, again = model_of("llama"), model_of("llama")
+    first.pve = Pve(importance(first), weight=5.0)
+    batch = first.batch(LAKES, random.Random(0))
+    plain = again(**again.batch(LAKES, random.Random(0)))
+    drawn = first(**batch)
+    torch.testing.assert_close(drawn["loss"], plain["loss"] + drawn["pve"])
+    assert "pve" not in plain
+    assert "pve" not in first(**first.batch(LAKES[:1], random.Random(0)))  # nothing to tell a lone text from
+
+
+def test_which_words_draw_depends_on_the_mask() -> None:
+    model, kept = model_of("llama"), {}
+    for mode in ("none", "random", "frequency"):
+        model.pve = Pve(importance(model), mask=mode, rate=0.5)
+        kept[mode] = model.batch(LAKES, random.Random(0))["kept_words"]
+    windows = model.batch(LAKES, random.Random(0))["windows"]
+    assert all(row.all() and len(row) == len(w[0]) for row, w in zip(kept["none"], windows, strict=True))
+    for mode in ("random", "frequency"):
+        assert [int((~row).sum()) for row in kept[mode]] == [round(0.5 * len(row)) for row in kept[mode]]
+    assert any(not torch.equal(a, b) for a, b in zip(kept["random"], kept["frequency"], strict=True))
+    model.ideal = 1.0
+    assert model.batch(LAKES, random.Random(0))["kept_words"] is None  # there are no latents to draw
+
+
+def test_a_text_of_no_words_draws_nothing() -> None:
+    model = model_of()
+    model.pve = Pve(torch.zeros(200))
+    odd = Example((Passage("\u200b\u200c"),), "what", "the sea", raw=False)
+    assert model.batch([*LAKES, odd], random.Random(0))["kept_words"] is None
+    assert torch.isfinite(model(**model.batch([*LAKES, odd], random.Random(0)))["loss"])
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+def with_lora(family: str, **options: Any) -> MemoryReading:
+    peft = pytest.importorskip("peft", reason="adapters need the extra 'train'")
+    generator = causal_generator(family, seed=1)
+    modules = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=modules, fan_in_fan_out=family == "gpt2")
+    adapted = peft.get_peft_model(generator.model, lora)
+    return MemoryReading(tiny_compressor(), VistGenerator(adapted, generator.tokenizer, generator.fusion), **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_fresh_adapter_changes_nothing(family: str) -> None:
+    """GPT-2 counts positions from the left: padding must not shift them, with an adapter or without."""
+    model, plain = with_lora(family, distil=1.0).eval(), model_of(family, distil=1.0).eval()
+    for one in (model, plain):
+        train_only(one, ("resampler", "projector"))
+        one.teach_itself()
+    batch = model.batch(EXAMPLES, random.Random(0))
+    ours, theirs = model(**batch), plain(**plain.batch(EXAMPLES, random.Random(0)))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_adapters_alone_learn_from_the_generator_without_them() -> None:
+    model = with_lora("llama", distil=1.0)
+    train_only(model, ("projector", "lora"))
+    model.teach_itself()
+    before = {name: weight.clone() for name, weight in model.lm.state_dict().items()}
+    batch = model.batch(LAKES, random.Random(0))
+    teacher = taught(model, model.batch(LAKES[:1], random.Random(0)))[1]
+    believed = learnt(model, "believed", steps=15)
+    assert believed[-1] < 0.8 * believed[0]
+    changed = {name for name, weight in model.lm.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if "lora_" in name}
+    torch.testing.assert_close(taught(model, model.batch(LAKES[:1], random.Random(0)))[1], teacher)
+    with without_adapter(model.lm), torch.no_grad():
+        without = model(**batch)["loss"]
+    with torch.no_grad():
+        assert model(**batch)["loss"] != without
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_lesson_leaves_adapters_as_they_were(learns: bool) -> None:
+    model = with_lora("llama", distil=1.0)
+    train_only(model, ("projector", "lora") if learns else ("projector",))
+    model.teach_itself()
+    adapters = [weight for name, weight in model.lm.named_parameters() if "lora_" in name]
+    assert adapters
+    for _ in range(2):  # the first pass must not change what the second one finds
+        model(**model.batch(LAKES, random.Random(0)))["loss"].backward()
+        assert all(weight.requires_grad == learns for weight in adapters)
+        assert all((weight.grad is not None) == learns for weight in adapters)
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        (("tower",), ("compressor.tower.",)),
+        (("resampler",), ("compressor.resampler.",)),
+        (("projector",), ("fusion.",)),
+        (("boundaries",), ("fusion.boundaries",)),
+        (("lora",), ("lora_",)),
+        (("embeddings",), ("embed_tokens",)),
+        (("resampler", "boundaries"), ("compressor.resampler.", "fusion.boundaries")),
+    ],
+)
+def test_only_the_parts_that_are_named_learn(parts: tuple[str, ...], names: tuple[str, ...]) -> None:
+    model = with_lora("llama")
+    train_only(model, parts)
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == any(part in name for part in names), name
+
+
+def test_a_generator_learns_without_its_embeddings_unless_they_are_named() -> None:
+    model = model_of("llama")
+    for parts in (("generator",), ("generator", "embeddings")):
+        train_only(model, parts)
+        learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert learning == {name for name, _ in model.named_parameters() if name.startswith("lm.")} - (
+            {"lm.model.embed_tokens.weight"} if len(parts) == 1 else set()
+        )
+    with pytest.raises(ConfigError, match=r"lora only where \[generator.lora\] sets adapters up"):
+        train_only(model, ("lora",))

@@ -1,152 +1,257 @@
-"""A whole recipe on a tiny base model and a few texts: what is trained, exported, continued and refused."""
+"""Recipes are found, overridden and checked; nothing is loaded for it."""
 
 from __future__ import annotations
 
-import json
+import copy
+import subprocess
+import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
 
-from tests.support.tiny import BERT_SIZES, TOWER, tiny_tokenizer
-from vist_rag.errors import CheckpointError, ConfigError, InputError
-from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.pipeline import load_compressor, read_settings
-from vist_rag.training.recipe import RecipeRun, load_recipe, written_decoder
+from vist_rag.errors import ConfigError
+from vist_rag.training.recipe import check_recipe, load_recipe, override, trained_parts
 
-pytest.importorskip("accelerate", reason="training needs the extra 'train'")
-
-TEXT = "The old bridge was built in 1867 by Marie Curie. The river runs from a lake to the sea."
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sentence encoder in the layout of a hub's: config, weights, tokenizer."""
-    directory = tmp_path_factory.mktemp("base")
-    tokenizer = tiny_tokenizer()
-    torch.manual_seed(0)
-    BertModel(BertConfig(vocab_size=len(tokenizer), **BERT_SIZES)).save_pretrained(directory)
-    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
-    return directory
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("data")
-    texts = [{"title": f"Bridge {i}", "text": TEXT} for i in range(40)]
-    rows = [{"question": "When was it built?", "answers": ["1867"], "title": "Bridge", "context": TEXT}] * 4
-    for name, lines in (("texts.jsonl", texts), ("questions.jsonl", rows)):
-        (directory / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return directory
-
-
-def recipe(base: Path) -> dict[str, Any]:
-    reading = {
-        "kind": "read",
-        "steps": 2,
-        "batch": 2,
-        "learning_rate": 1e-3,
-        "rates": {"1.0": 0.5, "0.5": 0.5},
-        "tasks": {"answer": {"weight": 0.5, "words": [6, 20]}, "continue": {"weight": 0.5, "words": [6, 20]}},
-    }
-    return {
-        "seed": 0,
-        "tower": TOWER,
-        "resampler": {"width": 16, "heads": 2, "layers": 1, "tower_layers": [1, -1], "salience": True},
-        "generator": {"base": str(base), "vocabulary": 70, "projector_width": 32},
-        "data": {"text": ["texts.jsonl"], "questions": {"questions.jsonl": 1.0}},
-        "stages": [
-            {"name": "tower", "kind": "tower", "steps": 2, "patches": 100, "learning_rate": 1e-3},
-            {
-                "name": "lexical",
-                "kind": "lexical",
-                "steps": 2,
-                "patches": 100,
-                "learning_rate": 1e-3,
-                "train_tower": True,
-                "reading": True,
-                "salad": 0.5,
-            },
-            reading | {"name": "text", "raw": 1.0},
-            reading | {"name": "ideal", "ideal": 1.0, "slips": 0.1, "distil": 1.0},
-            reading | {"name": "answer", "distil": 1.0, "train_compressor": False},
-        ],
-        "settings": {"max_new_tokens": 4, "budget": {"k_raw": 0, "k_memory": 1, "latents": 8}},
-    }
-
-
-def weights(model: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}/{name}": tensor
-        for part in ("compressor", "fusion", "generator")
-        for name, tensor in load_file(str(model / part / "model.safetensors")).items()
-    }
-
-
-def test_a_recipe_makes_a_checkpoint_that_answers_and_is_not_run_twice(base: Path, data: Path, tmp_path: Path) -> None:
-    model = RecipeRun(recipe(base), data, tmp_path).run()
-    for stage in ("tower", "lexical", "text", "ideal", "answer"):
-        rows = [json.loads(line) for line in (tmp_path / stage / "log.jsonl").read_text().splitlines()]
-        assert rows[-1]["step"] == 2
-        assert rows[-1]["loss"] > 0
-    before = weights(model)
-    assert read_settings(model)["budget"]["latents"] == 8
-    compressor = load_compressor(model, device="cpu")
-    memory = compressor.encode([TEXT])[0]
-    generator = VistGenerator.from_pretrained(model / "generator", fusion=model / "fusion", device="cpu")
-    prompt = PromptTemplate().build("When was it built?", [], [memory])
-    assert generator.generate([prompt], max_new_tokens=4)[0].completion_tokens > 0
-
-    logs = {path: path.read_text() for path in tmp_path.glob("*/log.jsonl")}
-    again = RecipeRun(recipe(base), data, tmp_path).run()
-    assert {path: path.read_text() for path in tmp_path.glob("*/log.jsonl")} == logs
-    after = weights(again)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "text"),
-    [
-        ("thirty - eight", "thirty-eight"),
-        ("st mary ' s hospital", "st mary's hospital"),
-        ("6 , 400 men , 3 . 5 % of them .", "6,400 men, 3.5% of them."),
-        ("on may 5 , 1867 , 200 men ( or more )", "on may 5, 1867, 200 men (or more)"),
-        ("ko ##sm ##o and / or him", "kosmo and/or him"),
+SHIPPED = sorted(p.name.removesuffix(".toml") for p in (files("vist_rag.training") / "recipes").iterdir())
+PAIR: dict[str, Any] = {
+    "tower": {"pretrained": "a/tower"},
+    "generator": {"pretrained": "a/model"},
+    "data": {"text": ["texts.jsonl"]},
+    "stages": [
+        {"name": "align", "kind": "align", "steps": 10, "batch": 2, "learning_rate": 1e-3},
+        {"name": "distill", "kind": "distill", "steps": 10, "batch": 2, "learning_rate": 1e-3, "answers": 100},
     ],
-)
-def test_answers_are_written_as_people_write(tokens: str, text: str) -> None:
-    assert written_decoder().decode(tokens.split()) == text
+}
 
 
-def test_weights_of_another_recipe_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    plan = recipe(base)
-    plan["stages"] = plan["stages"][1:2]
-    RecipeRun(plan, data, tmp_path).run()
-    other = recipe(base)
-    other["resampler"]["width"] = 24
-    other["stages"] = other["stages"][1:3]
-    with pytest.raises(CheckpointError, match="does not fit this recipe"):
-        RecipeRun(other, data, tmp_path).run()
+def changed(*changes: str) -> dict[str, Any]:
+    return override(PAIR, changes)
 
 
-def test_a_recipe_without_stages_or_data_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\[\[stages\]\]"):
-        RecipeRun(recipe(base) | {"stages": []}, data, tmp_path).run()
-    plan = recipe(base)
-    plan["data"]["text"] = ["missing-*.jsonl"]
-    with pytest.raises(InputError, match="missing"):
-        RecipeRun(plan, data, tmp_path).run()
+def refused(*changes: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_recipe(changed(*changes))
+    return str(caught.value)
+
+
+def test_nothing_heavy_is_imported_to_check_a_recipe() -> None:
+    probe = "import sys, vist_rag.training.recipe; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "set()\n"
+
+
+# -------------------------------------------------------------------------------------------------------------- found
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_that_ships_is_whole(name: str) -> None:
+    recipe = load_recipe(name)
+    check_recipe(recipe)
+    for ablation in recipe.get("ablations", {}).values():
+        check_recipe(override(recipe, ablation.get("set", ())))
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path: Path) -> None:
-    assert {stage["name"] for stage in load_recipe("embedded")["stages"]} >= {"tower", "lexical"}
-    with pytest.raises(ConfigError, match="embedded"):
+    assert [stage["kind"] for stage in load_recipe("embedded")["stages"]][:2] == ["tower", "lexical"]
+    text = (files("vist_rag.training") / "recipes" / "smoke.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text)
+    assert load_recipe(tmp_path / "mine.toml") == load_recipe("smoke")
+    with pytest.raises(ConfigError, match=r"one of .*embedded.*smoke.*, got 'none-such'"):
         load_recipe("none-such")
-    broken = tmp_path / "broken.toml"
-    broken.write_text("a = [")
-    with pytest.raises(ConfigError, match="must be TOML"):
-        load_recipe(broken)
+    for content in (b"a = [", b"\xff"):
+        (tmp_path / "broken.toml").write_bytes(content)
+        with pytest.raises(ConfigError, match="must be TOML"):
+            load_recipe(tmp_path / "broken.toml")
+
+
+def test_a_recipe_is_overridden_before_it_is_checked() -> None:
+    recipe = load_recipe("smoke", ["stages.align.steps=7", "seed=3"])
+    assert recipe["stages"][0]["steps"] == 7
+    assert recipe["seed"] == 3
+    with pytest.raises(ConfigError, match="steps must be a whole number above 0, got 0"):
+        load_recipe("smoke", ["stages.align.steps=0"])
+
+
+# --------------------------------------------------------------------------------------------------------- overridden
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("2e-4", 2e-4),
+        ("true", True),
+        ("'frequency'", "frequency"),
+        ("bfloat16", "bfloat16"),
+        ("a/b-c", "a/b-c"),
+        ("", ""),
+        ("x=y", "x=y"),
+        ("['tower', 'resampler']", ["tower", "resampler"]),
+        ("{weight=1.0, mask='random'}", {"weight": 1.0, "mask": "random"}),
+        ("{'1.0'=0.5}", {"1.0": 0.5}),
+    ],
+)
+def test_a_value_is_toml_or_a_text_without_its_quotes(text: str, value: Any) -> None:
+    assert changed(f"settings.new.key={text}")["settings"] == {"new": {"key": value}}
+
+
+def test_a_stage_is_named_and_nothing_else_changes() -> None:
+    before = copy.deepcopy(PAIR)
+    recipe = changed("stages.distill.steps=99", "stages.distill.tasks.answer.weight=2.0", "seed=5")
+    assert before == PAIR
+    assert recipe["stages"][1] == before["stages"][1] | {"steps": 99, "tasks": {"answer": {"weight": 2.0}}}
+    assert recipe["stages"][0] == before["stages"][0]
+    assert recipe["seed"] == 5
+    assert [stage["name"] for stage in recipe["stages"]] == ["align", "distill"]  # the order stays
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stages.align.steps", "must be TABLE.KEY=VALUE"),
+        ("=3", "must be TABLE.KEY=VALUE"),
+        ("stages..steps=3", "must be TABLE.KEY=VALUE"),
+        ("stages.qa.steps=3", "stage must be one of align, distill, got 'qa'"),
+        ("stages.align=3", "name a stage and its setting"),
+        ("stages.align.steps.more=3", "stages.align.steps must be a table, got 10"),
+    ],
+)
+def test_a_change_that_leads_nowhere_is_refused(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        changed(change)
+
+
+# ------------------------------------------------------------------------------------------------------------ checked
+
+
+def test_a_whole_recipe_passes() -> None:
+    check_recipe(PAIR)
+    assert tuple(trained_parts(PAIR["stages"][0])) == ("resampler", "projector")
+    assert trained_parts(changed("stages.align.train=['projector']")["stages"][0]) == ["projector"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sead=1", "recipe: unknown setting 'sead'; did you mean seed?"),
+        ("stages.align.learning_rat=1", "stage align: unknown setting 'learning_rat'; did you mean learning_rate?"),
+        ("stages.align.pve.weightt=1", "stage align, pve: unknown setting 'weightt'; did you mean weight?"),
+        ("stages.align.zzz=1", "stage align: unknown setting 'zzz'; known are name, kind, steps"),
+        ("stages.align.tasks.answr.weight=1", "stage align, tasks: unknown setting 'answr'; did you mean answer?"),
+        ("stages.align.patches=100", "stage align: unknown setting 'patches'"),  # of another kind
+        ("resampler.latents=3", "recipe, resampler: unknown setting 'latents'; did you mean"),
+        ("renderer.channelz=3", "recipe, renderer: unknown setting 'channelz'; did you mean channels?"),
+        ("generator.vocabular=3", "recipe, generator: unknown setting 'vocabular'; did you mean vocabulary?"),
+        ("ablations.less.sets=[]", "recipe, ablations, less: unknown setting 'sets'; did you mean set?"),
+    ],
+)
+def test_what_no_stage_would_read_is_refused(change: str, message: str) -> None:
+    assert message in refused(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("seed=-1", "seed must be a whole number of 0 or more, got -1"),
+        ("seed=1.5", "seed must be a whole number of 0 or more, got 1.5"),
+        ("data=3", "data must be a table, got 3"),
+        ("stages=3", "stages must be [[stages]] tables, got 3"),
+        ("stages=[]", "at least one [[stages]] table"),
+        ("data.text=texts.jsonl", "data: text must be a list of texts, got 'texts.jsonl'"),
+        ("generator.dtype=float8", "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ("stages.align.kind=read", "kind must be one of tower, lexical, align, qa, distill, got 'read'"),
+        ("stages.align.name=distill", "names of their own, got distill, distill"),
+        ("stages.align.steps=1.5", "steps must be a whole number above 0, got 1.5"),
+        ("stages.align.steps=true", "steps must be a whole number above 0, got True"),
+        ("stages.align.batch=0", "batch must be a whole number above 0, got 0"),
+        ("stages.align.learning_rate=fast", "learning_rate must be a number above 0, got 'fast'"),
+        ("stages.align.learning_rate=inf", "learning_rate must be a number above 0, got inf"),
+        ("stages.align.train=['reader']", "train must be a list of some of tower, resampler, projector, boundaries"),
+        ("stages.align.train=tower", "train must be a list of some of"),
+        ("stages.align.train=[]", "train must be a list of some of"),
+        ("stages.align.raw=2", "raw must be a share in 0..1, got 2"),
+        ("stages.align.rates={'1.5'=1.0}", "rates must be shares in 0..1 with a weight each"),
+        ("stages.align.rates={all=1.0}", "rates must be shares in 0..1 with a weight each"),
+        ("stages.align.rates={'0.5'=0.0}", "rates must be shares in 0..1 with a weight each"),
+        ("stages.align.rates=0.5", "rates must be shares in 0..1 with a weight each"),
+        ("stages.align.pve=1.0", "pve must be a table, got 1.0"),
+        ("stages.align.pve.mask=rare", "pve: mask must be one of none, random, frequency, got 'rare'"),
+        ("stages.distill.teacher=me", "teacher must be one of start, live, got 'me'"),
+        ("stages.align.tasks={continue={words=[20, 10], weight=1.0}}", "words must be the shortest and the longest"),
+        ("stages.align.tasks={continue={weight=1.0}}", "tasks, continue: words must be the shortest and the longest"),
+        ("compressors={vist={window=0}}", "compressors, vist: window must be a whole number above 0, got 0"),
+        ("evaluation.rate=0.5", "evaluation: rate must be a number of 1 or more, got 0.5"),
+        ("evaluation.every=10", "evaluation: block must be a table, got none"),
+        ("trainer.max_steps=5", "recipe, trainer: max_steps must be left out"),
+        ("stages.align.trainer.per_device_train_batch_size=5", "stage align, trainer: per_device_train_batch_size"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused(change: str, message: str) -> None:
+    assert message in refused(change)
+
+
+@pytest.mark.parametrize("key", ["steps", "learning_rate", "batch"])
+def test_a_stage_must_say_what_it_needs(key: str) -> None:
+    recipe = copy.deepcopy(PAIR)
+    del recipe["stages"][0][key]
+    with pytest.raises(ConfigError, match=f"stage align: {key} must be a .*number above 0, got none"):
+        check_recipe(recipe)
+
+
+@pytest.mark.parametrize("table", ["tower", "generator", "data"])
+def test_a_recipe_needs_models_and_data(table: str) -> None:
+    recipe = {name: value for name, value in PAIR.items() if name != table}
+    with pytest.raises(ConfigError, match=rf"must have a \[{table}\] table"):
+        check_recipe(recipe)
+    if table != "data":
+        check_recipe(recipe | {"start": {"checkpoint": "embedded"}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["generator.base=b", "generator.vocabulary=9"], "either pretrained (a causal LM) or base"),
+        (["start.checkpointt=x"], "did you mean checkpoint?"),
+        (["start={}"], "start: checkpoint must be text, got none"),
+        (["compressor.kind=vist"], "must have a [start] table"),
+        (["stages.align.train=['lora']"], "only where [generator.lora] sets adapters up"),
+        (
+            ["stages.align.answers=5"],
+            "answers needs the task answer among tasks, got continue, next_token, reconstruct",
+        ),
+        (["stages.distill.answers=0"], "the task answer needs [data.questions], or answers = N"),
+        (["data={questions={'q.jsonl'=1.0}}"], "stage align: [data] must name text"),
+        # Batches without anything that learns.
+        (["stages.distill.raw=0.2"], "raw must be 0 where train names none of generator, embeddings, lora, got 0.2"),
+        (["stages.align.train=['resampler']", "stages.align.ideal=0.5"], "ideal must be 0 where train names none of"),
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_refused(changes: list[str], message: str) -> None:
+    assert message in refused(*changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["generator={base='b', vocabulary=9}"],
+        ["generator.lora={r=4}", "stages.align.train=['lora']", "stages.align.raw=0.5"],
+        ["stages.align.train=['projector']", "stages.align.ideal=1.0"],
+        ["stages.distill.answers=0", "data.questions={'q.jsonl'=1.0}"],
+        ["trainer={bf16=true, gradient_accumulation_steps=4}"],
+        ["evaluation={every=5, block={task='qa'}}"],
+        ["start.checkpoint=embedded", "compressors={mean_pool={window=3, resampler={width=8}}}"],
+    ],
+)
+def test_settings_that_fit_pass(changes: list[str]) -> None:
+    check_recipe(changed(*changes))
+
+
+def test_a_tower_is_taught_only_where_it_is_fresh() -> None:
+    recipe = changed("generator={base='b', vocabulary=9}", "tower={model_type='vit'}")
+    recipe["stages"].insert(0, {"name": "tower", "kind": "tower", "steps": 1, "patches": 9, "learning_rate": 1.0})
+    check_recipe(recipe)
+    for change in ("tower.pretrained=a/tower", "generator={pretrained='a/model'}", "start.checkpoint=embedded"):
+        with pytest.raises(ConfigError, match=r"stage tower: kind tower needs a fresh \[tower\] and the base"):
+            check_recipe(override(recipe, [change]))

@@ -75,7 +75,7 @@ def test_positions_tell_one_patch_from_the_next() -> None:
 def test_a_tower_learns_to_name_characters_and_words(renderer: Renderer) -> None:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    model = TowerReading(VisionTower.from_config(tower_config(TOWER)), torch.randn(len(tokenizer), 16))
+    model = TowerReading(VisionTower.from_config(tower_config(TOWER)), torch.randn(len(tokenizer), 16), fresh=True)
     batch = reading_batch(["the river runs", "a lake by the sea"], renderer, tokenizer.backend_tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     first = {name: float(value.detach()) for name, value in model.eval()(**batch).items()}
