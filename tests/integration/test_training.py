@@ -56,7 +56,8 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(not (embedded_checkpoint() / SETTINGS_FILE).is_file(), reason="this checkout has no embedded model")
-def test_the_smoke_recipe_needs_nothing_but_a_folder(tmp_path: Path) -> None:
+def test_the_smoke_recipe_needs_nothing_but_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIST_RAG_DATA", str(tmp_path))  # a recipe that brings its data does not look there
     told = run_json("train", "smoke", "--output", tmp_path)
     assert told == {"models": [str(tmp_path / "model")]}
     assert log_of(tmp_path / "align")[-1]["pve"] > 0
@@ -138,7 +139,10 @@ def test_one_of_the_baselines_is_trained_by_its_name(tmp_path: Path, data: Path)
         (["none-such", "--output", "OUT"], "recipe must be a TOML file or one of"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_line(
+    tmp_path: Path, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VIST_RAG_DATA", raising=False)
     assert message in failure("train", *(str(tmp_path) if a == "OUT" else a for a in arguments))
 
 

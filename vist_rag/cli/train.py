@@ -23,7 +23,12 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of a recipe that ships with the package.")],
     data: Annotated[
         Path | None,
-        typer.Option("--data", envvar="VIST_RAG_DATA", metavar="DIR", help="Folder of the recipe's data files."),
+        typer.Option(
+            "--data",
+            envvar="VIST_RAG_DATA",
+            metavar="DIR",
+            help="Folder of the recipe's data files; not looked at where a recipe brings its own.",
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Checkpoints, logs and the trained model.")
@@ -51,7 +56,7 @@ def train(
         from vist_rag.training.recipe import load_recipe
 
     plan = load_recipe(recipe, changes or ())
-    folder = data or _packaged(plan)
+    folder = _packaged(plan) or data
     if folder is None:
         raise ConfigError("--data must name the folder of the recipe's data files, got none.")
     if dry_run:
