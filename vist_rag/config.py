@@ -122,8 +122,6 @@ class FusionConfig:
         spelling_width: How many of the last dimensions of a latent are for spelling alone; the projector reads the
             others.
         tokens: Tokens whose ids a latent ends with, ``spelling_width`` numbers in all; 0 where it spells characters.
-        slots: Tokens of a position whose place in it is told, each by a linear map of its own; further ones share the
-            last. 0: a position is the plain mean of its tokens.
     """
 
     memory_width: int
@@ -133,11 +131,9 @@ class FusionConfig:
     spelling: int = 0
     spelling_width: int = 0
     tokens: int = 0
-    slots: int = 0
 
     def __post_init__(self) -> None:
         _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
-        _check("slots", self.slots, allowed="0 or more", ok=self.slots >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)
         _check(
             "spelling_width",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -353,29 +352,6 @@ def test_a_soft_prompt_is_what_latents_mean_and_what_they_spell() -> None:
     the, river, runs = generator.tokenize("the river runs").tolist()
     named = [words[[the, river]].mean(0) - words.mean(0), torch.zeros(32), words[runs] - words.mean(0)]
     torch.testing.assert_close(torch.stack(inside), fusion.meaning(latents) + torch.stack(named))
-
-
-def test_a_position_tells_the_order_of_its_tokens_once_that_is_learned() -> None:
-    config = FusionConfig(4, 4, hidden_width=4, spelling=3, slots=2)
-    fusion, plain = SoftPromptFusion(config), SoftPromptFusion(replace(config, slots=0))
-    plain.load_state_dict({k: v for k, v in fusion.state_dict().items() if k != "slots"})
-    words, meaning = torch.randn(9, 4), torch.zeros(2, 4)
-    shown, swapped = torch.tensor([[3, 5, 7], [2, -1, -1]]), torch.tensor([[5, 3, 7], [2, -1, -1]])
-    # Untrained: the plain mean, whatever the order.
-    torch.testing.assert_close(fusion.join(meaning, shown, words), plain.join(meaning, shown, words))
-    assert fusion.slots is not None
-    with torch.no_grad():
-        fusion.slots[0] = 2 * torch.eye(4)
-        fusion.slots[1] = -torch.eye(4)
-    named = words - words.mean(0)
-    joined = fusion.join(meaning, shown, words)
-    # The first counts three times, the second not at all, and the third shares the map of the second.
-    torch.testing.assert_close(joined[1], 3 * named[3] / 3)
-    torch.testing.assert_close(joined[2], 3 * named[2])
-    torch.testing.assert_close(fusion.join(meaning, swapped, words)[1], 3 * named[5] / 3)
-    joined.sum().backward()
-    assert fusion.slots.grad is not None
-    assert fusion.slots.grad[1].abs().sum() > 0
 
 
 def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:

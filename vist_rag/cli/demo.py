@@ -239,7 +239,9 @@ def _evaluate(rag: VistRAG, split: str, sizes: Sequence[int], rows: Path | None)
     if rows is not None:
         rows.write_text("".join(json.dumps(row) + "\n" for row in some), "utf-8")
         say(f"{len(some):,} rows written to {rows}")
-    command_line = shlex.join(["vist-rag", *sys.argv[1:]])
+    command_line = shlex.join(
+        ["vist-rag", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:])]
+    )
     return {**run_facts(command_line), **result, "seconds": round(time.monotonic() - begin, 1)}
 
 

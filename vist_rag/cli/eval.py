@@ -129,11 +129,16 @@ def _pairs(options: list[str]) -> dict[str, str]:
     return {name: path for name, _, path in pairs}
 
 
+def _named(recipe: str) -> str:
+    """A recipe as anyone can name it: a whole path is one of this machine."""
+    return Path(recipe).name if Path(recipe).is_absolute() else recipe
+
+
 def _repeatable(
     recipe: str | None, block: dict[str, Any], checkpoints: dict[str, str], model: str | None, limit: int | None
 ) -> str:
     """The command as anyone can repeat it: paths of this machine are named, not given."""
-    words = ["vist-rag eval", Path(recipe).stem if recipe else f"--task {block['task']} --dataset {block['dataset']}"]
+    words = ["vist-rag eval", _named(recipe) if recipe else f"--task {block['task']} --dataset {block['dataset']}"]
     words += ["--data DIR --output DIR", f"--only {block['name']}"]
     words += ["--model MODEL"] if model else []
     words += [f"--limit {limit}"] if limit is not None else []

@@ -105,8 +105,6 @@ class BaselineRun(ContinuedRun):
         fusion = SoftPromptFusion(config)
         fusion.match_scale(cast(Tensor, generator.model.get_input_embeddings().weight))
         fusion.boundaries.data.copy_(old.boundaries)  # the generator knows these
-        if fusion.slots is not None and old.slots is not None:
-            fusion.slots.data.copy_(old.slots)
         return compressor, VistGenerator(generator.model, generator.tokenizer, fusion)
 
     def _compressor(self, generator: VistGenerator) -> PassageCompressor:

@@ -86,7 +86,6 @@ def fusion_config(recipe: Mapping[str, Any], sizes: ResamplerConfig, generator_w
         hidden_width=settings.get("projector_width", 2 * generator_width),
         spelling=settings.get("spelling", 0),
         spelling_width=sizes.spelling_width,
-        slots=settings.get("slots", 0),
     )
 
 
@@ -236,8 +235,6 @@ def train_only(model: MemoryReading, parts: Sequence[str]) -> None:
         model.fusion.requires_grad_(True)
     if "boundaries" in parts:
         model.fusion.boundaries.requires_grad_(True)
-        if model.fusion.slots is not None:
-            model.fusion.slots.requires_grad_(True)
     if "generator" in parts:
         for name, weight in model.lm.named_parameters():
             weight.requires_grad_("lora_" not in name)

@@ -181,7 +181,6 @@ _RECIPE: dict[str, Any] = {
         "vocabulary": _COUNT,
         "projector_width": _COUNT,
         "spelling": _WHOLE,
-        "slots": _WHOLE,
         "lora": _TABLE,
     },
     "compressor": {"kind": _one_of(*KINDS), **_COMPRESSOR},

@@ -78,9 +78,6 @@ class SoftPromptFusion(nn.Module):
             nn.Linear(config.hidden_width, config.generator_width),
         )
         self.boundaries = nn.Parameter(torch.randn(2, config.generator_width) * 0.02)
-        # Zero: at first a position is the plain mean of its tokens, which the generator can half read untrained.
-        width = config.generator_width
-        self.slots = nn.Parameter(torch.zeros(config.slots, width, width)) if config.slots else None
         self.speller = (
             nn.Sequential(
                 nn.LayerNorm(config.spelling_width or config.memory_width),
@@ -162,22 +159,10 @@ class SoftPromptFusion(nn.Module):
             words: The generator's embeddings, float ``[v, d_llm]``.
         """
         if self.speller is not None or self.config.tokens:
-            there = shown >= 0
-            position, slot = there.nonzero(as_tuple=True)
-            named = self._placed(words[shown[there]] - words.mean(0), slot)
-            sums = torch.zeros_like(meaning).index_add(0, position, named.to(meaning.dtype))
-            meaning = meaning + sums / there.sum(1, keepdim=True).clamp(min=1)
+            there = (shown >= 0)[..., None]
+            named = ((words[shown.clamp(min=0)] - words.mean(0)) * there).sum(1)
+            meaning = meaning + named / there.sum(1).clamp(min=1)
         return torch.cat((self.boundaries[:1], meaning, self.boundaries[1:]))
-
-    def _placed(self, named: Tensor, slot: Tensor) -> Tensor:
-        """Embeddings of tokens, float ``[t, d_llm]``, with what tells their slots, int64 ``[t]``."""
-        if self.slots is None:
-            return named
-        slot = slot.clamp(max=len(self.slots) - 1)
-        order = slot.argsort(stable=True)
-        parts = named[order].split(torch.bincount(slot, minlength=len(self.slots)).tolist())
-        moved = [part @ own.T for part, own in zip(parts, self.slots, strict=True)]
-        return named.index_add(0, order, torch.cat(moved).to(named.dtype))
 
     def between(self, shown: Tensor) -> Tensor:
         """Tokens that positions spell, int64 ``[m, s]``, with those of the boundaries, which spell nothing."""
