@@ -66,7 +66,7 @@ def test_a_recipe_of_every_task_and_its_page(tmp_path: Path, data: Path, checkpo
     assert [Path(path).stem for path in written] == ["village-k1", "village-k2", "labels", "novel"]
     first = json.loads((results / "village-k1.json").read_text())
     assert first["command"] == (
-        "vist-rag eval mine --data DIR --output DIR --only village-k1 --model MODEL --checkpoint mean_pool=DIR"
+        "vist-rag eval mine.toml --data DIR --output DIR --only village-k1 --model MODEL --checkpoint mean_pool=DIR"
     )
     assert str(tmp_path) not in json.dumps(first)
     assert first["questions"] == 3

@@ -17,14 +17,12 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vist_rag.compression import PassageCompressor
-from vist_rag.compression.memory import PASSAGE_GAP
 from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.config import RendererConfig
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.rendering import Renderer
 from vist_rag.training.answers import ASK
 from vist_rag.training.data import Question
-from vist_rag.training.examples import ExampleMix
 from vist_rag.training.flops import Flops, answer_flops
 from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch
 from vist_rag.training.objectives import Pve
@@ -38,8 +36,8 @@ from vist_rag.training.parts import (
     train_only,
 )
 from vist_rag.training.reading import MemoryReading
-from vist_rag.training.recipe import TASKS, trained_parts
-from vist_rag.training.run import RecipeRun
+from vist_rag.training.recipe import trained_parts
+from vist_rag.training.run import RecipeRun, reading_model, texts_shown
 from vist_rag.training.tower import TowerReading, reading_batch
 from vist_rag.types import Passage
 
@@ -112,17 +110,13 @@ def _lexical_stage(run: RecipeRun, stage: Mapping[str, Any]) -> Rehearsed:
     model = LexicalAlignment(compressor, generator.fusion, words, heads, pve=_pve(stage, generator))
     tokenizer = plain(Tokenizer.from_str(generator.tokenizer.backend_tokenizer.to_str()))
     texts, batches = run.texts(), run.text_batches(stage)
-    share, joined = stage.get("salad", 0.0), stage.get("joined", 1)
-    mixed = [texts[int(i)].content for i in texts.order(run.seed)[:_SALAD_TEXTS]] if share else []
-    salad = WordSalad(mixed, tokenizer) if share else None
+    salad = None
+    if stage.get("salad"):
+        salad = WordSalad([texts[int(i)].content for i in texts.order(run.seed)[:_SALAD_TEXTS]], tokenizer)
 
     def build(number: int) -> tuple[Mapping[str, Any], int]:
         rng = random.Random(f"{run.seed}-{stage['name']}-{number}")
-        batch = [texts[i].content for i in batches[number]]
-        if joined > 1:
-            batch = [PASSAGE_GAP.join(batch[i : i + joined]) for i in range(0, len(batch), joined)]
-        if salad:
-            batch = [salad(len(text), rng) if rng.random() < share else text for text in batch]
+        batch = texts_shown(stage, [texts[i].content for i in batches[number]], salad, rng)
         shown = lexical_batch(batch, compressor, tokenizer, reading=heads is not None, pve=model.pve, rng=rng)
         return shown, len(batch)
 
@@ -131,31 +125,16 @@ def _lexical_stage(run: RecipeRun, stage: Mapping[str, Any]) -> Rehearsed:
 
 def _reading_stage(run: RecipeRun, stage: Mapping[str, Any]) -> Rehearsed:
     compressor, generator = _parts(run)
-    kind = stage["kind"]
-    model = MemoryReading(
-        compressor,
-        generator,
-        rates={float(rate): float(weight) for rate, weight in stage.get("rates", {"1.0": 1.0}).items()},
-        ideal=stage.get("ideal", 0.0),
-        slips=stage.get("slips", 0.0),
-        distil=stage.get("distil", 1.0 if kind == "distill" else 0.0),
-        states=stage.get("states", 0.0),
-        pve=_pve(stage, generator),
-    )
+    model = reading_model(stage, compressor, generator, _pve(stage, generator))
     train_only(model, trained_parts(stage))
-    tasks = stage.get("tasks", TASKS[kind])
-    texts: Sequence[Passage] = run.texts() if set(tasks) != {"answer"} or stage.get("distractors") else ()
-    rows: Any = ()
-    if "answer" in tasks:
-        rows = _likely_answers(run) if stage.get("answers") else run.questions()
-    draw = ExampleMix({**stage, "tasks": tasks}, texts, rows, getattr(rows, "weights", None))
+    draw = run.examples(stage, lambda: _likely_answers(run))
 
     def build(number: int) -> tuple[Mapping[str, Any], int]:
         rng = random.Random(f"{run.seed}-{stage['name']}-{number}")
         batch = model.batch(draw(rng), rng)
         return batch, len(batch["targets"])
 
-    own = "answer" in tasks and stage.get("answers")
+    own = "answer" in draw.stage["tasks"] and stage.get("answers")
     return Rehearsed(model, build, {"answers": _answers(run, stage["answers"], generator)} if own else {})
 
 

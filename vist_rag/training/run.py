@@ -28,7 +28,7 @@ from vist_rag.training.answers import own_answers
 from vist_rag.training.checkpoints import load_parts, load_trained
 from vist_rag.training.corpus import PassageCorpus, QuestionCorpus, open_passages, open_questions
 from vist_rag.training.counts import TokenCounts, count_tokens
-from vist_rag.training.data import LengthBatches
+from vist_rag.training.data import LengthBatches, Question
 from vist_rag.training.examples import ExampleMix
 from vist_rag.training.export import save_checkpoint
 from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, piece_salience
@@ -224,16 +224,11 @@ class RecipeRun:
         )
         model.train()
         texts, batches = self.texts(), self.text_batches(stage)
-        share, joined = stage.get("salad", 0.0), stage.get("joined", 1)
-        salad = WordSalad(self._sample(), tokenizer) if share else None
+        salad = WordSalad(self._sample(), tokenizer) if stage.get("salad") else None
 
         def build(number: int) -> dict[str, Any]:
             rng = random.Random(f"{self.seed}-{stage['name']}-{number}")
-            batch = [texts[i].content for i in batches[number]]
-            if joined > 1:
-                batch = [PASSAGE_GAP.join(batch[i : i + joined]) for i in range(0, len(batch), joined)]
-            if salad:
-                batch = [salad(len(text), rng) if rng.random() < share else text for text in batch]
+            batch = texts_shown(stage, [texts[i].content for i in batches[number]], salad, rng)
             return lexical_batch(
                 batch,
                 compressor,
@@ -245,6 +240,15 @@ class RecipeRun:
             )
 
         self._train(model, stage, build, directory, result=parts)
+
+    def examples(self, stage: Mapping[str, Any], answers: Callable[[], Sequence[Question]]) -> ExampleMix:
+        """What a reading stage practises; ``answers`` gives the generator's own, where the stage asks for them."""
+        tasks = stage.get("tasks", TASKS[stage["kind"]])
+        texts: Sequence[Passage] = self.texts() if set(tasks) != {"answer"} or stage.get("distractors") else ()
+        rows: Any = ()
+        if "answer" in tasks:
+            rows = answers() if stage.get("answers") else self.questions()
+        return ExampleMix({**stage, "tasks": tasks}, texts, rows, getattr(rows, "weights", None))
 
     def text_batches(self, stage: Mapping[str, Any]) -> LengthBatches:
         """All plain text, in batches of ``stage["patches"]`` patches."""
@@ -267,28 +271,13 @@ class RecipeRun:
     def _reading_stage(self, stage: Mapping[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
         counts = self.token_counts(generator) if "pve" in stage else None
-        kind = stage["kind"]
-        model = MemoryReading(
-            compressor,
-            generator,
-            rates={float(rate): float(weight) for rate, weight in stage.get("rates", {"1.0": 1.0}).items()},
-            ideal=stage.get("ideal", 0.0),
-            slips=stage.get("slips", 0.0),
-            distil=stage.get("distil", 1.0 if kind == "distill" else 0.0),
-            states=stage.get("states", 0.0),
-            pve=Pve.of(stage.get("pve"), counts),
-        )
+        model = reading_model(stage, compressor, generator, Pve.of(stage.get("pve"), counts))
         if before is not None:
             self._known = load_parts(model, before)
         train_only(model, trained_parts(stage))
         if model.distil or model.states:
             model.teach_itself(frozen=stage.get("teacher", "start") == "start")
-        tasks = stage.get("tasks", TASKS[kind])
-        texts: Sequence[Passage] = self.texts() if set(tasks) != {"answer"} or stage.get("distractors") else ()
-        rows: Any = ()
-        if "answer" in tasks:
-            rows = self._own_answers(stage, generator) if stage.get("answers") else self.questions()
-        draw = ExampleMix({**stage, "tasks": tasks}, texts, rows, getattr(rows, "weights", None))
+        draw = self.examples(stage, lambda: self._own_answers(stage, generator))
         model.train()
 
         def build(number: int) -> dict[str, Any]:
@@ -352,3 +341,27 @@ class RecipeRun:
             **settings,
             **more,
         )
+
+
+def reading_model(
+    stage: Mapping[str, Any], compressor: PassageCompressor, generator: VistGenerator, pve: Pve | None
+) -> MemoryReading:
+    """What a reading stage trains, with the losses that it weighs."""
+    return MemoryReading(
+        compressor,
+        generator,
+        rates={float(rate): float(weight) for rate, weight in stage.get("rates", {"1.0": 1.0}).items()},
+        ideal=stage.get("ideal", 0.0),
+        slips=stage.get("slips", 0.0),
+        distil=stage.get("distil", 1.0 if stage["kind"] == "distill" else 0.0),
+        states=stage.get("states", 0.0),
+        pve=pve,
+    )
+
+
+def texts_shown(stage: Mapping[str, Any], batch: list[str], salad: WordSalad | None, rng: random.Random) -> list[str]:
+    """The texts of a lexical batch, joined where the stage says so, some of them made of single words."""
+    joined, share = stage.get("joined", 1), stage.get("salad", 0.0)
+    if joined > 1:
+        batch = [PASSAGE_GAP.join(batch[i : i + joined]) for i in range(0, len(batch), joined)]
+    return [salad(len(text), rng) if salad and rng.random() < share else text for text in batch]

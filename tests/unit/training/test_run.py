@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPModel
 
 from tests.support.cli import WordEmbedder
+from tests.support.tiny import tiny_tokenizer
 from tests.support.training import (
     PVE,
     TEXT,
@@ -31,6 +33,7 @@ from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.generation import PromptTemplate, VistGenerator
 from vist_rag.pipeline import VistRAG, load_compressor, read_settings
 from vist_rag.retrieval import PassageIndex
+from vist_rag.training.lexical import WordSalad
 from vist_rag.training.objectives import MaskMode
 from vist_rag.training.parts import written_decoder
 from vist_rag.training.recipe import check_recipe
@@ -39,7 +42,7 @@ from vist_rag.types import Passage
 pytest.importorskip("accelerate", reason="training needs the extra 'train'")
 
 import vist_rag.training.run as run_module
-from vist_rag.training.run import RecipeRun
+from vist_rag.training.run import RecipeRun, texts_shown
 from vist_rag.training.trainer import train_stage
 
 
@@ -337,3 +340,13 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(folder: Path, 
     recipe["generator"]["lora"] = {"rank": 4}
     with pytest.raises(ConfigError, match=r"LoraConfig .*rank"):
         RecipeRun(recipe, folder / "data", tmp_path).run()
+
+
+def test_texts_of_a_lexical_batch_are_joined_and_salted_as_the_stage_says() -> None:
+    batch = ["one", "two", "three", "four"]
+    assert texts_shown({}, batch, None, random.Random(0)) == batch
+    assert texts_shown({"joined": 3}, batch, None, random.Random(0)) == ["one | two | three", "four"]
+    salad = WordSalad(["the sea " * 3], tiny_tokenizer().backend_tokenizer)
+    shown = texts_shown({"salad": 0.5}, batch * 20, salad, random.Random(0))
+    assert 20 < sum(text not in batch for text in shown) < 60
+    assert texts_shown({"salad": 1.0}, batch, salad, random.Random(0)) != batch
