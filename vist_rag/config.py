@@ -122,6 +122,8 @@ class FusionConfig:
         spelling_width: How many of the last dimensions of a latent are for spelling alone; the projector reads the
             others.
         tokens: Tokens whose ids a latent ends with, ``spelling_width`` numbers in all; 0 where it spells characters.
+        packer_width: Width of the hidden layer that tells in which order a position's tokens stand; 0: their mean
+            alone, which does not.
     """
 
     memory_width: int
@@ -131,8 +133,10 @@ class FusionConfig:
     spelling: int = 0
     spelling_width: int = 0
     tokens: int = 0
+    packer_width: int = 0
 
     def __post_init__(self) -> None:
+        _check("packer_width", self.packer_width, allowed="0 or more", ok=self.packer_width >= 0)
         _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)
         _check(

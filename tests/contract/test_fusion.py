@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -352,6 +353,33 @@ def test_a_soft_prompt_is_what_latents_mean_and_what_they_spell() -> None:
     the, river, runs = generator.tokenize("the river runs").tolist()
     named = [words[[the, river]].mean(0) - words.mean(0), torch.zeros(32), words[runs] - words.mean(0)]
     torch.testing.assert_close(torch.stack(inside), fusion.meaning(latents) + torch.stack(named))
+
+
+def test_a_packer_tells_the_order_of_a_positions_tokens_once_that_is_learned() -> None:
+    config = FusionConfig(4, 4, hidden_width=4, spelling=3, packer_width=8)
+    fusion, plain = SoftPromptFusion(config), SoftPromptFusion(replace(config, packer_width=0))
+    plain.load_state_dict({k: v for k, v in fusion.state_dict().items() if not k.startswith("packer")})
+    words, meaning = torch.randn(9, 4), torch.zeros(3, 4)
+    shown = torch.tensor([[3, 5, 7], [2, -1, -1], [-1, -1, -1]])
+    swapped = shown[:, [1, 0, 2]]
+    # Untrained: the plain mean, whatever the order.
+    assert torch.equal(fusion.join(meaning, shown, words), plain.join(meaning, shown, words))
+    assert fusion.packer is not None
+    nn.init.normal_(fusion.packer.write.weight)
+    joined, other = fusion.join(meaning, shown, words), fusion.join(meaning, swapped, words)
+    assert not torch.allclose(joined[1], other[1])
+    # By hand, at the scale of the embeddings: a position of one token, and one that spells nothing.
+    unit = (words[2] - words.mean(0)) / words.std()
+    hidden = nn.functional.gelu(fusion.packer.read.weight @ torch.cat((unit, torch.zeros(4))) + fusion.packer.place[0])
+    torch.testing.assert_close(joined[2], unit * words.std() + fusion.packer.write.weight @ hidden * words.std())
+    assert not joined[3].any()
+    # Empty slots change nothing, and more tokens than places are all read.
+    padded = nn.functional.pad(shown, (0, 2), value=-1)
+    torch.testing.assert_close(fusion.join(meaning, padded, words), joined)
+    many = torch.arange(40)[None] % 9
+    assert not torch.allclose(fusion.join(meaning[:1], many, words), fusion.join(meaning[:1], many[:, :-1], words))
+    joined.sum().backward()
+    assert fusion.packer.read.weight.grad is not None
 
 
 def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:

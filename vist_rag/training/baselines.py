@@ -65,6 +65,11 @@ class ContinuedRun(RecipeRun):
         directory = self._checkpoint()
         generator = VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device="cpu")
         generator.fusion.bind("")  # what is trained on becomes another compressor
+        width = self.recipe.get("generator", {}).get("packer_width", 0)
+        if width and generator.fusion.packer is None:
+            fusion = SoftPromptFusion(replace(generator.fusion.config, packer_width=width))
+            fusion.load_state_dict(generator.fusion.state_dict(), strict=False)
+            generator.fusion = fusion
         return load_compressor(directory, device="cpu"), generator
 
     def tokenizer(self) -> tuple[Tokenizer, list[int]]:
@@ -105,6 +110,8 @@ class BaselineRun(ContinuedRun):
         fusion = SoftPromptFusion(config)
         fusion.match_scale(cast(Tensor, generator.model.get_input_embeddings().weight))
         fusion.boundaries.data.copy_(old.boundaries)  # the generator knows these
+        if fusion.packer is not None and old.packer is not None:
+            fusion.packer.load_state_dict(old.packer.state_dict())
         return compressor, VistGenerator(generator.model, generator.tokenizer, fusion)
 
     def _compressor(self, generator: VistGenerator) -> PassageCompressor:

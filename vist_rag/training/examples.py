@@ -122,7 +122,9 @@ class ExampleMix:
         others = 0
         if task == "answer" and rng.random() < stage.get("distractors", 0.0):
             others = rng.randint(1, stage.get("others", 1))
-        longest = max(1, min(longest, stage.get("prompt_words", longest * (1 + others)) // (1 + others)))
+        limit = stage.get("prompt_words", longest * (1 + others))
+        limit = limit if raw else stage.get("memory_words", limit)
+        longest = max(1, min(longest, limit // (1 + others)))
         words = (max(1, longest * 2 // 3), longest)
         shown = longest * (1 + others)
         count = max(1, min(stage["batch"], stage.get("batch_words", stage["batch"] * shown) // shown))

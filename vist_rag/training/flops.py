@@ -275,10 +275,14 @@ def _reading(tally: _Tally, model: MemoryReading, batch: Mapping[str, Any], *, c
         tally.multiply("projector", _matrices(fusion.projector), latents * (1 + drawn), flows=flows)
         if fusion.speller is not None:
             tally.multiply("projector", _matrices(fusion.speller), latents, flows=False, learn=False)
+    if memories and fusion.packer is not None:
+        tally.multiply("projector", [fusion.packer.read.weight], rows.shown - sum(rows.text), flows=False)
+        positions = sum(rows.memory) - memories * fusion.boundary_tokens
+        tally.multiply("projector", [fusion.packer.write.weight], positions, flows=_learns(fusion.packer))
     prompts = [text + memory for text, memory in zip(rows.text, rows.memory, strict=True)]
     student = _Reader(lm, prompts, rows.targets, rows.slots, rows.shown)
     student.count(tally, "generator", flows=before or _learns(lm), checkpointing=checkpointing)
-    if memories and (model.distil or model.states):
+    if memories and batch["taught"] and (model.distil or model.states):
         ids = cast(Sequence[int], rows.raw)
         teacher = _Reader(lm, ids, rows.targets, 1, sum(ids), adapted=False)
         teacher.count(tally, "teacher", flows=False, learn=False)

@@ -69,6 +69,10 @@ def build_compressor(recipe: Mapping[str, Any], *, meta: bool = False) -> VistCo
     return sizes
 
 
+_OF_SPELLING = ("norm_in", "project_spelling", "project_salience")
+"""Of a resampler, what the spelling of a latent depends on, and what was measured of its words."""
+
+
 def atlas(recipe: Mapping[str, Any]) -> GlyphAtlas:
     """The glyphs that a recipe renders with: those of the package, or of a file."""
     name = recipe.get("font_atlas", "assets")
@@ -86,6 +90,7 @@ def fusion_config(recipe: Mapping[str, Any], sizes: ResamplerConfig, generator_w
         hidden_width=settings.get("projector_width", 2 * generator_width),
         spelling=settings.get("spelling", 0),
         spelling_width=sizes.spelling_width,
+        packer_width=settings.get("packer_width", 0),
     )
 
 
@@ -218,8 +223,8 @@ def sentence_generator(
     return VistGenerator(model, wrapped, fusion)
 
 
-def train_only(model: MemoryReading, parts: Sequence[str]) -> None:
-    """Freeze all but the named parts (``recipe.PARTS``).
+def train_only(model: MemoryReading, parts: Sequence[str], *, generator_runs: bool = True) -> None:
+    """Freeze all but the named parts (``recipe.PARTS``); without the generator, also what only it learns from.
 
     Raises:
         ConfigError: If adapters are to be trained and the generator has none.
@@ -233,6 +238,16 @@ def train_only(model: MemoryReading, parts: Sequence[str]) -> None:
             child.requires_grad_(name != "tower" or "tower" in parts)
     if "projector" in parts:
         model.fusion.requires_grad_(True)
+    if "meaning" in parts:
+        model.fusion.projector.requires_grad_(True)
+        for name, weight in model.compressor.resampler.named_parameters():
+            weight.requires_grad_(name.partition(".")[0] not in _OF_SPELLING)
+    if "packer" in parts and model.fusion.packer is not None:
+        model.fusion.packer.requires_grad_(True)
+    if not generator_runs:
+        model.fusion.boundaries.requires_grad_(False)
+        if model.fusion.packer is not None:
+            model.fusion.packer.requires_grad_(False)
     if "boundaries" in parts:
         model.fusion.boundaries.requires_grad_(True)
     if "generator" in parts:

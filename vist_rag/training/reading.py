@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -109,17 +110,21 @@ class MemoryReading(nn.Module):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def batch(self, examples: Sequence[Example], rng: random.Random) -> dict[str, Any]:
-        """Render and tokenize examples; what ``forward`` takes. What is too long to be read raw is left out.
+        """Render and tokenize examples; what ``forward`` takes.
+
+        What does not fit the generator's context is left out. Memories are coarsened until they fit; where their texts
+        would not, there is no teacher.
 
         Raises:
             ConfigError: If nothing is left.
         """
         generator, template = self._generator[0], self.template
-        found, examples = len(examples), [example for example in examples if self._fits(example)]
+        found = len(examples)
+        examples = [e for e in examples if (self._fits(e) if e.raw else self._room(e) >= len(e.passages))]
         if not examples:
             raise ConfigError(
-                f"examples must fit {generator.context_tokens} positions (the generator's context) as text, got "
-                f"{found} that do not; lower words or prompt_words."
+                f"examples must fit {generator.context_tokens} positions (the generator's context), got "
+                f"{found} that do not; lower words, prompt_words or memory_words."
             )
         contents: list[str] = []
         segments: list[list[Tensor | int]] = []
@@ -146,7 +151,7 @@ class MemoryReading(nn.Module):
         targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
         pages = self.compressor.renderer.render(contents)
         windows = self._windows(contents, pages)
-        rates = [sample_rate(self.rates, rng) for _ in contents]
+        rates = self._rates(examples, [n for *_, n in windows], rng)
         ideal = rng.random() < self.ideal
         return {
             "pixel_values": pages.pixel_values,
@@ -158,6 +163,7 @@ class MemoryReading(nn.Module):
             "windows": windows,
             "spelt": self._windows([misspell(text, self.slips, rng) for text in contents], pages) if ideal else None,
             "pointers": pointers,
+            "taught": all(example.raw or self._fits(example) for example in examples),
             "whole": all(example.question == RECONSTRUCT for example in examples),
             # A text that its tokenizer makes nothing of has no words to be drawn to.
             "kept_words": [self.pve.kept(window[0], rng) for window in windows]
@@ -172,6 +178,30 @@ class MemoryReading(nn.Module):
         tokens = generator.tokenizer("\n".join((*texts, example.question, example.target)), verbose=False).input_ids
         longest = generator.context_tokens
         return longest is None or len(tokens) + _FRAME_TOKENS <= longest
+
+    def _room(self, example: Example) -> int:
+        """Positions that all memories of an example may take together, boundaries aside."""
+        generator, passages = self._generator[0], len(example.passages)
+        limit = generator.context_tokens
+        if limit is None:
+            return sys.maxsize
+        said = generator.count_tokens(f"{example.question}\n{example.target}")
+        between = generator.count_tokens(self.template.memory) + generator.fusion.boundary_tokens
+        return limit - _FRAME_TOKENS - said - passages * between
+
+    def _rates(self, examples: Sequence[Example], latents: Sequence[int], rng: random.Random) -> list[float]:
+        """Share of its latents that each memory takes positions for: drawn, and less where memories do not fit."""
+        rates = [sample_rate(self.rates, rng) for _ in latents]
+        begin = 0
+        for example in examples:
+            if example.raw:
+                continue
+            some = slice(begin, begin := begin + len(example.passages))
+            wanted = sum(rate * n for rate, n in zip(rates[some], latents[some], strict=True))
+            # Half a position of each memory may be rounded up, and none has less than one.
+            less = min(1.0, max(0.0, self._room(example) - len(example.passages)) / wanted)
+            rates[some] = [rate * less for rate in rates[some]]
+        return rates
 
     def _tokens(self, target: str, shown: str) -> Tensor | None:
         """Where the tokens of the target stand among those of what is shown, a row for each of up to four occurrences.
@@ -218,6 +248,7 @@ class MemoryReading(nn.Module):
         spelt: Sequence[Window] | None = None,
         pointers: Sequence[Sequence[tuple[int, Tensor]]] = (),
         whole: bool = False,
+        taught: bool = True,
         kept_words: Sequence[Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Loss of the targets, and the share of their tokens that come first in the distribution.
@@ -235,6 +266,7 @@ class MemoryReading(nn.Module):
             spelt: What an ideal memory of each text says; None: memory is what the compressor makes.
             pointers: Of each prompt, the parts that show the target, and which of their tokens it is.
             whole: Whether targets are the texts themselves: each counts the same, however long it is.
+            taught: Whether there is a teacher, where one is wanted: it needs all texts within the context.
             kept_words: Of each text, the words that are not masked, bool; None without ``pve``.
         """
         latents: list[Tensor] = []
@@ -267,7 +299,7 @@ class MemoryReading(nn.Module):
         labels = pad_sequence(targets, batch_first=True, padding_side="left", padding_value=-100)
         # Rows end together, so the targets are the last columns: no logits are computed for the prompt.
         last = labels.shape[1] + 1
-        taught = (self.distil > 0 or self.states > 0) and bool(memories)
+        taught = taught and (self.distil > 0 or self.states > 0) and bool(memories)
         output = self.lm(
             inputs_embeds=embeds,
             use_cache=False,

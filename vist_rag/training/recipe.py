@@ -28,8 +28,9 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 }
 KINDS = ("vist", "text_encoder", "text_encoder_flat", "mean_pool")
 """Compressors that are compared (``vist_rag.training.baselines``)."""
-PARTS = ("tower", "resampler", "projector", "boundaries", "generator", "embeddings", "lora")
-"""What a stage can train. ``projector`` is all of the fusion, ``generator`` all of it but its input embeddings."""
+PARTS = ("tower", "resampler", "projector", "meaning", "packer", "boundaries", "generator", "embeddings", "lora")
+"""What a stage can train. ``projector`` is all of the fusion, ``generator`` all of it but its input embeddings; ``meaning``
+is resampler and projector but for what spells, so that memory is spelt as before."""
 
 
 # ------------------------------------------------------------------------------------------------- what a setting is
@@ -136,6 +137,7 @@ _READ = _COMMON | {
     "batch": _COUNT,
     "batch_words": _COUNT,
     "prompt_words": _COUNT,
+    "memory_words": _COUNT,
     "raw": _SHARE,
     "distractors": _SHARE,
     "others": _COUNT,
@@ -181,6 +183,7 @@ _RECIPE: dict[str, Any] = {
         "vocabulary": _COUNT,
         "projector_width": _COUNT,
         "spelling": _WHOLE,
+        "packer_width": _WHOLE,
         "lora": _TABLE,
     },
     "compressor": {"kind": _one_of(*KINDS), **_COMPRESSOR},

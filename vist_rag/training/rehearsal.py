@@ -106,7 +106,7 @@ def _lexical_stage(run: RecipeRun, stage: Mapping[str, Any]) -> Rehearsed:
     if stage.get("reading"):
         with torch.device("meta"):
             heads = TowerReading(cast(VisionTower, compressor.tower), torch.empty(words.shape))
-    train_only(MemoryReading(compressor, generator), trained_parts(stage))
+    train_only(MemoryReading(compressor, generator), trained_parts(stage), generator_runs=False)
     model = LexicalAlignment(compressor, generator.fusion, words, heads, pve=_pve(stage, generator))
     tokenizer = plain(Tokenizer.from_str(generator.tokenizer.backend_tokenizer.to_str()))
     texts, batches = run.texts(), run.text_batches(stage)

@@ -213,7 +213,7 @@ class RecipeRun:
         parts = MemoryReading(compressor, generator)
         if before is not None:
             self._known = load_parts(parts, before)
-        train_only(parts, trained_parts(stage))
+        train_only(parts, trained_parts(stage), generator_runs=False)
         tokenizer = plain(Tokenizer.from_str(generator.tokenizer.backend_tokenizer.to_str()))
         salience = None
         if compressor.resampler_config.salience:

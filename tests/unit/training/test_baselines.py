@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from tests.support.tiny import BERT_SIZES, save_tiny_checkpoint, tiny_tokenizer
@@ -337,6 +337,42 @@ def test_a_finished_run_is_not_trained_again(
     again = run.run()
     assert (final.stat().st_mtime_ns, log.read_text()) == before[:2]
     assert all(torch.equal(tensor, before[2][name]) for name, tensor in weights(again / "compressor").items())
+
+
+def test_a_compressor_is_put_beside_the_generator_of_another_start_without_training(
+    runs: tuple[dict[str, Path], Any], start: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Compressors learn from texts alone, so that they fit each generator that keeps its input embeddings."""
+    other = shutil.copytree(start, tmp_path / "other")
+    generator = VistGenerator.from_pretrained(other / "generator", fusion=other / "fusion", device="cpu")
+    nn.init.normal_(generator.fusion.boundaries)
+    generator.fusion.save_pretrained(other / "fusion")
+    shutil.copytree(runs[0]["vist"].parent, tmp_path / "vist", ignore=shutil.ignore_patterns("model"))
+    plan = recipe(other, base)
+    plan["compressors"] = {"vist": plan["compressors"]["vist"]}
+    (run,) = recipe_runs(plan, data, tmp_path)
+    compressor, generator = load(run.run())
+    assert torch.equal(generator.fusion.boundaries, load(other)[1].fusion.boundaries)
+    assert compressor.fingerprint == load(runs[0]["vist"])[0].fingerprint
+
+
+def test_a_packer_is_added_to_a_checkpoint_and_kept_by_what_is_taught_beside(
+    start: Path, base: Path, data: Path, tmp_path: Path
+) -> None:
+    (run,) = recipe_runs(continued(start) | {"generator": {"packer_width": 8}}, data, tmp_path)
+    compressor, generator = run.parts()
+    packer = generator.fusion.packer
+    assert packer is not None
+    texts = load(start)[1]
+    memory = compressor.encode([TEXT])[0]
+    for before, after in zip(texts.fusion.read(texts, memory.latents), generator.fusion.read(generator, memory.latents)):
+        assert torch.equal(before, after)  # untaught it changes nothing
+    nn.init.normal_(packer.write.weight)
+    generator.fusion.save_pretrained(shutil.copytree(start, tmp_path / "packed") / "fusion")
+    for one in recipe_runs(recipe(tmp_path / "packed", base), data, tmp_path):
+        kept = one.parts()[1].fusion.packer
+        assert kept is not None
+        assert torch.equal(kept.write.weight, packer.write.weight.bfloat16().float())
 
 
 def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(

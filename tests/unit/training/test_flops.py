@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,25 @@ def test_reading_memory(case: str) -> None:
     costs = check(model, batch_of(model))
     assert ("teacher" in costs.flops) is bool(options.get("distil"))
     assert ("tower" in costs.flops) is not bool(options.get("ideal"))
+
+
+@pytest.mark.parametrize("ideal", [0.0, 1.0])
+def test_a_packer_is_counted(ideal: float) -> None:
+    compressor, generator = pair("embedded")
+    config = replace(generator.fusion.config, packer_width=0)
+    packers = [
+        VistGenerator(generator.model, generator.tokenizer, SoftPromptFusion(replace(config, packer_width=width)))
+        for width in (0, 64)
+    ]
+    for one in packers:
+        one.fusion.load_state_dict(generator.fusion.state_dict(), strict=False)
+    parts = ("generator", "boundaries", "packer")
+    plain, packed = (reading(compressor, one, parts, ideal=ideal) for one in packers)
+    costs = check(packed, batch_of(packed))
+    more = costs.flops["projector"] + Flops(0, 0)
+    less = batch_costs(plain, batch_of(plain), examples=2).flops.get("projector", Flops())
+    assert more.forward - less.forward > 0.5 * 2 * 64 * 3 * 384 * costs.memory_tokens
+    assert more.backward > less.backward
 
 
 @pytest.mark.parametrize("family", ["llama", "prefix_bert"])

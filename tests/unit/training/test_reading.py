@@ -399,16 +399,48 @@ def long_example(words: int, *, raw: bool = False) -> Example:
     return Example(passages, "when was the bridge built", "in 1867", raw)
 
 
+def test_memory_may_show_more_words_than_text() -> None:
+    draw = mix(distractors=1.0, others=3, prompt_words=60, memory_words=200, raw=0.5)
+    longest = {True: 0, False: 0}
+    for seed in range(60):
+        for example in draw(random.Random(seed)):
+            longest[example.raw] = max(longest[example.raw], sum(words_of(example)))
+    assert longest[True] <= 60 < 120 < longest[False] <= 200
+
+
+@pytest.mark.parametrize("ideal", [0.0, 1.0])
+def test_memories_of_texts_that_would_not_fit_are_coarsened_and_have_no_teacher(ideal: float) -> None:
+    model = model_of(distil=1.0, states=1.0, ideal=ideal)
+    model.teach_itself()
+    long = Example(tuple(Passage("the lake " * 200, title="bridge") for _ in range(3)), "when was it", "in 1867", raw=False)
+    batch = model.batch([long], random.Random(0))
+    assert not batch["taught"]
+    taken = [int(at[-1]) + 1 for at in batch["places"]]
+    assert 0.9 * model._room(long) < sum(taken) <= model._room(long)
+    assert max(taken) - min(taken) <= 1  # all alike
+    figures = model(**batch)
+    assert "apart" not in figures
+    assert torch.isfinite(figures["loss"])
+    assert model.batch([EXAMPLES[0]], random.Random(0))["taught"]
+    # A text that fits keeps a position for every latent, and its teacher.
+    short = model.batch([EXAMPLES[0]], random.Random(0))
+    assert all(torch.equal(at, torch.arange(len(at))) for at in short["places"])
+    assert "apart" in model(**short)
+
+
 def test_what_is_too_long_to_be_read_raw_is_left_out() -> None:
     model = model_of()
-    batch = model.batch([EXAMPLES[0], long_example(600), EXAMPLES[1], long_example(600, raw=True)], random.Random(0))
+    batch = model.batch([EXAMPLES[0], EXAMPLES[1], long_example(600, raw=True)], random.Random(0))
     expected = model.batch(EXAMPLES[:2], random.Random(0))
     assert len(batch["targets"]) == 2
     assert all(torch.equal(a, b) for a, b in zip(batch["targets"], expected["targets"], strict=True))
     with pytest.raises(ConfigError, match=r"examples must fit 512 positions .* got 2 that do not; lower words"):
-        model.batch([long_example(600), long_example(700)], random.Random(0))
+        model.batch([long_example(600, raw=True), long_example(700, raw=True)], random.Random(0))
     model.lm.config.max_position_embeddings = 2000
-    assert len(model.batch([long_example(600)], random.Random(0))["targets"]) == 1
+    assert len(model.batch([long_example(600, raw=True)], random.Random(0))["targets"]) == 1
+    model.lm.config.max_position_embeddings = 40
+    with pytest.raises(ConfigError, match=r"examples must fit 40 positions .* got 1 that do not"):
+        model.batch([long_example(600)], random.Random(0))  # not even one position for each memory
 
 
 def test_all_that_fits_can_be_taught() -> None:

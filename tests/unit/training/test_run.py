@@ -276,6 +276,25 @@ def test_a_recipe_makes_a_checkpoint_that_answers_and_is_not_run_twice(folder: P
     assert all(torch.equal(after[name], stored[name]) for name in stored)
 
 
+def test_what_memory_means_learns_and_what_it_spells_stays(folder: Path, tmp_path: Path) -> None:
+    recipe = sentence_recipe(
+        folder / "base",
+        stage("lexical", train=["resampler", "projector"]),
+        stage("distill", train=["meaning", "packer"]),
+    )
+    recipe["resampler"]["spelling_width"] = 8
+    recipe["generator"] |= {"spelling": 20, "packer_width": 8}
+    model, seen = run_watched(recipe, folder / "data", tmp_path)
+    assert not any(n.removeprefix("fusion.").startswith(("boundaries", "packer")) for n in seen["lexical"].learns)
+    spelling = {n for n, _ in seen["distill"].model.named_parameters() if "spell" in n or "norm_in" in n}
+    assert {n.split(".")[2] for n in spelling if n.startswith("compressor.resampler")} == {"norm_in", "project_spelling"}
+    assert not spelling & seen["distill"].learns
+    assert {"compressor.resampler.latents", "fusion.projector.1.weight", "fusion.packer.write.weight"} <= (
+        seen["distill"].changed
+    )
+    answer(model)
+
+
 @pytest.mark.parametrize(
     ("tokens", "text"),
     [

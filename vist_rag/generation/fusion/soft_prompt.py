@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CHARACTERS = "".join(map(chr, range(32, 127)))
 CHARACTER_CLASSES = len(CHARACTERS) + 2
 """Printable ASCII, then "no character here" and "another character"."""
+_PLACES = 16  # of the tokens of a position, told apart by a packer; those behind share the last
 
 
 def show(ids: Tensor, places: Tensor, n: int) -> Tensor:
@@ -61,6 +62,43 @@ def merged(meaning: Tensor, places: Tensor) -> Tensor:
     return (sums / counts[:, None]).to(meaning.dtype)
 
 
+class Packer(nn.Module):
+    """The order of a position's tokens, which their mean does not tell: what is added to it.
+
+    Each token goes through one layer with a bias for its place and a view of the token before it; the mean of what comes
+    out is projected. Starts from nothing.
+
+    Args:
+        width: ``d_llm``.
+        hidden: Width of the layer.
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.read = nn.Linear(2 * width, hidden, bias=False)
+        self.place = nn.Parameter(torch.randn(_PLACES, hidden) * 0.5)
+        self.write = nn.Linear(hidden, width, bias=False)
+        nn.init.zeros_(self.write.weight)
+
+    def forward(self, named: Tensor, there: Tensor, size: Tensor) -> Tensor:
+        """What the order of tokens adds.
+
+        Args:
+            named: Embeddings of the tokens of each position, centred, float ``[m, s, d_llm]``.
+            there: Which slots hold a token, the first ones of each position, bool ``[m, s]``.
+            size: Spread of an embedding: what is read and written is in units of it.
+        Returns:
+            float ``[m, d_llm]``, nothing where no slot holds a token.
+        """
+        position, slot = there.nonzero(as_tuple=True)
+        before = F.pad(named, (0, 0, 1, -1))
+        tokens = torch.cat((named[position, slot], before[position, slot]), dim=-1) / size  # [k, 2 d_llm]
+        read = F.gelu(self.read(tokens) + self.place[slot.clamp(max=_PLACES - 1)])
+        sums = read.new_zeros(len(named), read.shape[-1]).index_add(0, position, read)
+        written: Tensor = self.write(sums / there.sum(1, keepdim=True).clamp(min=1))
+        return written * size
+
+
 class SoftPromptFusion(nn.Module):
     """Projector and boundary embeddings.
 
@@ -86,6 +124,7 @@ class SoftPromptFusion(nn.Module):
             if config.spelling
             else None
         )
+        self.packer = Packer(config.generator_width, config.packer_width) if config.packer_width else None
 
     @classmethod
     def text_only(cls, generator_width: int) -> SoftPromptFusion:
@@ -159,9 +198,11 @@ class SoftPromptFusion(nn.Module):
             words: The generator's embeddings, float ``[v, d_llm]``.
         """
         if self.speller is not None or self.config.tokens:
-            there = (shown >= 0)[..., None]
-            named = ((words[shown.clamp(min=0)] - words.mean(0)) * there).sum(1)
-            meaning = meaning + named / there.sum(1).clamp(min=1)
+            there = shown >= 0
+            named = (words[shown.clamp(min=0)] - words.mean(0)) * there[..., None]
+            meaning = meaning + named.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+            if self.packer is not None:
+                meaning = meaning + self.packer(named, there, words.std())
         return torch.cat((self.boundaries[:1], meaning, self.boundaries[1:]))
 
     def between(self, shown: Tensor) -> Tensor:
