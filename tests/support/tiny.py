@@ -74,6 +74,8 @@ def tiny_generator(seed: int = 0, *, memory_width: int = 16) -> VistGenerator:
     )
     fusion = SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32, spelling=20))
     model = PrefixBertForCausalLM(config)
+    model.tell_apart(8)
+    torch.nn.init.normal_(model.copy.local[2].weight, std=0.1)  # which starts from nothing
     return VistGenerator(model, tokenizer, fusion)
 
 

@@ -18,9 +18,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 class PrefixBertConfig(BertConfig):
-    """Config of a ``PrefixBertForCausalLM``: BERT's, always a decoder."""
+    """Config of a ``PrefixBertForCausalLM``: BERT's, always a decoder.
+
+    Attributes:
+        copy_width: Width of the layer that tells the words of one position apart (``CopyAttention``); 0: none.
+    """
 
     model_type = "vist_prefix_bert"
+    copy_width: int = 0
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.is_decoder = True
@@ -58,10 +63,16 @@ class CopyAttention(nn.Module):
 
     An answer is a span more often than not: the place right behind the one that the word just written was copied from
     has a bonus, ``go_on``, as large as it is sure that the word came from there.
+
+    Args:
+        width: Of a state.
+        local_width: Width of a layer that reads a slot's word with its neighbours, two on either side, beside the state
+            of its position: which of the words that share a position is meant. 0: no such layer.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, local_width: int = 0) -> None:
         super().__init__()
+        self.local = _local(width, local_width) if local_width else None
         # A query is the state and the word just written; a key is the state, its word and the word before it.
         self.query = nn.Linear(2 * width, width)
         self.key = nn.Linear(3 * width, width)
@@ -163,7 +174,36 @@ class CopyAttention(nn.Module):
         of_state, of_words = self.key.weight.split((states.shape[-1], 2 * states.shape[-1]), dim=1)
         keys = F.linear(states, of_state, self.key.bias).repeat_interleave(shown.shape[-1], dim=1)
         named = torch.cat((directions[ids[there]], directions[before[there]]), dim=-1)  # most slots are empty
-        return keys.index_put((there,), F.linear(named, of_words), accumulate=True)
+        named = F.linear(named, of_words)
+        if self.local is not None:
+            row, slot = there.nonzero(as_tuple=True)
+            near = [_neighbours(ids[there], row, offset) for offset in _NEAR]
+            of_position = states[row, slot // shown.shape[-1]]
+            named = named + self.local(torch.cat((of_position, *(directions[one] for one in near)), dim=-1))
+        return keys.index_put((there,), named, accumulate=True)
+
+
+_NEAR = (-2, -1, 0, 1, 2)
+"""Which words beside its own a slot's key reads."""
+
+
+def _local(width: int, hidden: int) -> nn.Sequential:
+    """The layer that tells the words of a position apart."""
+    return nn.Sequential(nn.Linear((1 + len(_NEAR)) * width, hidden), nn.GELU(), nn.Linear(hidden, width, bias=False))
+
+
+def _fresh(local: nn.Sequential) -> None:
+    first, last = cast(nn.Linear, local[0]), cast(nn.Linear, local[2])
+    init.normal_(first.weight, std=0.05)
+    init.zeros_(first.bias)
+    init.zeros_(last.weight)
+
+
+def _neighbours(words: Tensor, rows: Tensor, offset: int) -> Tensor:
+    """Of words in order, those ``offset`` places on in the same row, -1 where there is none: int64 ``[k]`` all."""
+    ours = rows.roll(-offset) == rows
+    place = torch.arange(len(words), device=words.device) + offset
+    return words.roll(-offset).masked_fill(~ours | (place < 0) | (place >= len(words)), -1)
 
 
 def _centred(words: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +220,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
 
     def __init__(self, config: PrefixBertConfig) -> None:
         super().__init__(config)
-        self.copy = CopyAttention(config.hidden_size)
+        self.copy = CopyAttention(config.hidden_size, config.copy_width)
         self.post_init()
 
     def forward(
@@ -255,7 +295,9 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         head, words = self.cls.predictions, cast(Tensor, self.get_input_embeddings().weight)
         layer, end = self.config.num_hidden_layers, self.config.eos_token_id
         if shown is None and input_ids is not None:
-            shown = input_ids[..., None].masked_fill(~present[:, -length:, None], -1)
+            shown = input_ids[..., None]
+        if shown is not None and not past:  # keys read their neighbours, and the answer is none
+            shown = shown.masked_fill(~(present & prompt)[..., None], -1)
         copied, pointed = self.copy(
             states, embeddings[:, first:], words, end, shown, copyable, answer[:, first:], cache, layer
         )
@@ -275,8 +317,16 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             cache.layers.append(DynamicLayer())
         return cache
 
+    def tell_apart(self, width: int) -> None:
+        """Give keys a fresh layer of this width that tells the words of a position apart; untaught it changes nothing."""
+        self.config.copy_width = width
+        self.copy.local = _local(self.config.hidden_size, width)
+        _fresh(self.copy.local)
+
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, CopyAttention) and module.local is not None:
+            _fresh(module.local)
         if isinstance(module, CopyAttention):
             init.zeros_(module.end)
             init.constant_(module.go_on, 4.0)

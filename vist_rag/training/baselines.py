@@ -19,6 +19,7 @@ from vist_rag.compression.text import DIGITS
 from vist_rag.compression.vision import VisionTower
 from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.pipeline import find_checkpoint, load_compressor
 from vist_rag.training.parts import atlas, base_model, plain
@@ -65,8 +66,11 @@ class ContinuedRun(RecipeRun):
         directory = self._checkpoint()
         generator = VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device="cpu")
         generator.fusion.bind("")  # what is trained on becomes another compressor
-        width = self.recipe.get("generator", {}).get("packer_width", 0)
-        if width and generator.fusion.packer is None:
+        wanted = self.recipe.get("generator", {})
+        model = generator.model
+        if (width := wanted.get("copy_width", 0)) and isinstance(model, PrefixBertForCausalLM) and not model.copy.local:
+            model.tell_apart(width)
+        if (width := wanted.get("packer_width", 0)) and generator.fusion.packer is None:
             fusion = SoftPromptFusion(replace(generator.fusion.config, packer_width=width))
             fusion.load_state_dict(generator.fusion.state_dict(), strict=False)
             generator.fusion = fusion

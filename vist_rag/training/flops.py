@@ -370,6 +370,8 @@ class _Reader:
         tally.add(part, of_states, of_states * (flows + trained))
         of_words = 2 * 2 * width * width * self.shown
         tally.add(part, of_words, of_words * trained)
+        if lm.copy.local is not None:
+            tally.multiply(part, _matrices(lm.copy.local), self.shown, flows=flows, learn=learn)
         scores = 2 * written * (self.length * self.slots + 1) * width
         tally.add(part, scores, 2 * scores * flows)
         tally.add(part, 2 * written * words * width)  # which words are in the answer already

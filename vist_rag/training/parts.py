@@ -192,6 +192,7 @@ def sentence_generator(
             )
         },
         vocab_size=len(old_ids),
+        copy_width=recipe["generator"].get("copy_width", 0),
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         bos_token_id=begin,

@@ -184,6 +184,7 @@ _RECIPE: dict[str, Any] = {
         "projector_width": _COUNT,
         "spelling": _WHOLE,
         "packer_width": _WHOLE,
+        "copy_width": _WHOLE,
         "lora": _TABLE,
     },
     "compressor": {"kind": _one_of(*KINDS), **_COMPRESSOR},

@@ -14,6 +14,7 @@ from vist_rag.generation.prefix_bert import (
     CopyAttention,
     PrefixBertConfig,
     PrefixBertForCausalLM,
+    _neighbours,
     last_shown,
     ranks,
 )
@@ -177,6 +178,42 @@ def test_words_of_a_position_are_counted_in_the_order_of_the_text() -> None:
     assert ranks(torch.tensor([3, 3, 0, 3, 0, 7])).tolist() == [0, 1, 0, 2, 1, 0]
 
 
+def test_neighbours_are_those_of_the_same_row() -> None:
+    words, rows = torch.tensor([5, 6, 7, 8, 9]), torch.tensor([0, 0, 0, 1, 1])
+    assert _neighbours(words, rows, 0).tolist() == [5, 6, 7, 8, 9]
+    assert _neighbours(words, rows, -1).tolist() == [-1, 5, 6, -1, 8]
+    assert _neighbours(words, rows, 2).tolist() == [7, -1, -1, -1, -1]
+    assert _neighbours(words, torch.zeros_like(rows), -2).tolist() == [-1, -1, 5, 6, 7]  # the last is not before the first
+
+
+def test_keys_tell_the_words_of_a_position_apart_by_their_neighbours_once_that_is_learned() -> None:
+    torch.manual_seed(0)
+    generator = tiny_generator().model
+    assert isinstance(generator, PrefixBertForCausalLM)
+    generator.copy.local = None
+    states, words = torch.randn(1, 2, 32), torch.randn(60, 32)
+    shown = torch.tensor([[[7, 9, 7], [9, 7, -1]]])
+    plain = generator.copy._keys(states, shown, words)
+    generator.tell_apart(16)
+    assert torch.equal(generator.copy._keys(states, shown, words), plain)  # untaught
+    assert generator.config.copy_width == 16
+    torch.nn.init.normal_(generator.copy.local[2].weight)
+    keys = generator.copy._keys(states, shown, words)
+    # By hand: the last word of the first position, between two words on either side, one of them in the next position.
+    size = words.norm(dim=-1).mean()
+    near = [size * torch.nn.functional.normalize(words[i], dim=-1) for i in (7, 9, 7, 9, 7)]
+    torch.testing.assert_close(keys[0, 2], plain[0, 2] + generator.copy.local(torch.cat((states[0, 0], *near))))
+    assert torch.equal(keys[0, 5], plain[0, 5])  # an empty slot
+    # The same words in a position of the same state, with others behind: another key.
+    moved = generator.copy._keys(states, torch.tensor([[[7, 9, 7], [3, 7, -1]]]), words)
+    assert torch.equal(moved[0, 0], keys[0, 0])
+    assert not torch.allclose(moved[0, 1:3], keys[0, 1:3])
+    # Padding on the left changes nothing.
+    padded = torch.nn.functional.pad(shown, (0, 0, 3, 0), value=-1)
+    shifted = generator.copy._keys(torch.nn.functional.pad(states, (0, 0, 3, 0)), padded, words)
+    torch.testing.assert_close(shifted[0, 9:], keys[0])
+
+
 def test_what_is_in_the_answer_is_hardly_copied_again() -> None:
     prompt, both = [[0], [1], [2], [3]], (WORDS[0] + WORDS[2])[None]  # what follows 0, or what follows 2
     fresh = copying(prompt, both)[0][0]
@@ -248,6 +285,7 @@ def test_a_span_does_not_go_on_where_copying_is_not_allowed() -> None:
 def test_a_new_model_goes_on_and_its_bonus_is_learned(model: PrefixBertForCausalLM) -> None:
     assert float(model.copy.go_on) == 4.0
     learning = copy.deepcopy(model)
+    torch.nn.init.zeros_(learning.copy.local[2].weight)  # a new one has learned nothing of neighbours
     with torch.enable_grad():
         pointed = learning(input_ids=torch.tensor([[2, 10, 20, 30, 10, 20]]), prefix_mask=PREFIX).attentions[0]
         pointed[0, 4, 2].log().backward()  # 20, behind the 10 that was written
