@@ -318,7 +318,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         return cache
 
     def tell_apart(self, width: int) -> None:
-        """Give keys a fresh layer of this width that tells the words of a position apart; untaught it changes nothing."""
+        """Give keys a fresh layer of this width that tells the words of a position apart; untaught it adds nothing."""
         self.config.copy_width = width
         self.copy.local = _local(self.config.hidden_size, width)
         _fresh(self.copy.local)

@@ -19,8 +19,8 @@ from vist_rag.compression.text import DIGITS
 from vist_rag.compression.vision import VisionTower
 from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
-from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.generation import SoftPromptFusion, VistGenerator
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.pipeline import find_checkpoint, load_compressor
 from vist_rag.training.parts import atlas, base_model, plain
 from vist_rag.training.recipe import override

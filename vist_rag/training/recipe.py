@@ -29,8 +29,8 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 KINDS = ("vist", "text_encoder", "text_encoder_flat", "mean_pool")
 """Compressors that are compared (``vist_rag.training.baselines``)."""
 PARTS = ("tower", "resampler", "projector", "meaning", "packer", "boundaries", "generator", "embeddings", "lora")
-"""What a stage can train. ``projector`` is all of the fusion, ``generator`` all of it but its input embeddings; ``meaning``
-is resampler and projector but for what spells, so that memory is spelt as before."""
+"""What a stage can train. ``projector`` is all of the fusion, ``generator`` all of it but its input embeddings;
+``meaning`` is resampler and projector but for what spells, so that memory is spelt as before."""
 
 
 # ------------------------------------------------------------------------------------------------- what a setting is

@@ -183,7 +183,8 @@ def test_neighbours_are_those_of_the_same_row() -> None:
     assert _neighbours(words, rows, 0).tolist() == [5, 6, 7, 8, 9]
     assert _neighbours(words, rows, -1).tolist() == [-1, 5, 6, -1, 8]
     assert _neighbours(words, rows, 2).tolist() == [7, -1, -1, -1, -1]
-    assert _neighbours(words, torch.zeros_like(rows), -2).tolist() == [-1, -1, 5, 6, 7]  # the last is not before the first
+    # The last one is not before the first.
+    assert _neighbours(words, torch.zeros_like(rows), -2).tolist() == [-1, -1, 5, 6, 7]
 
 
 def test_keys_tell_the_words_of_a_position_apart_by_their_neighbours_once_that_is_learned() -> None:

@@ -365,8 +365,8 @@ def test_a_packer_is_added_to_a_checkpoint_and_kept_by_what_is_taught_beside(
     assert packer is not None
     texts = load(start)[1]
     memory = compressor.encode([TEXT])[0]
-    for before, after in zip(texts.fusion.read(texts, memory.latents), generator.fusion.read(generator, memory.latents)):
-        assert torch.equal(before, after)  # untaught it changes nothing
+    before, after = (one.fusion.read(one, memory.latents)[0] for one in (texts, generator))
+    assert torch.equal(before, after)  # untaught it changes nothing
     nn.init.normal_(packer.write.weight)
     generator.fusion.save_pretrained(shutil.copytree(start, tmp_path / "packed") / "fusion")
     for one in recipe_runs(recipe(tmp_path / "packed", base), data, tmp_path):

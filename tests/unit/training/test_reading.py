@@ -412,7 +412,8 @@ def test_memory_may_show_more_words_than_text() -> None:
 def test_memories_of_texts_that_would_not_fit_are_coarsened_and_have_no_teacher(ideal: float) -> None:
     model = model_of(distil=1.0, states=1.0, ideal=ideal)
     model.teach_itself()
-    long = Example(tuple(Passage("the lake " * 200, title="bridge") for _ in range(3)), "when was it", "in 1867", raw=False)
+    passages = tuple(Passage("the lake " * 200, title="bridge") for _ in range(3))
+    long = Example(passages, "when was it", "in 1867", raw=False)
     batch = model.batch([long], random.Random(0))
     assert not batch["taught"]
     taken = [int(at[-1]) + 1 for at in batch["places"]]

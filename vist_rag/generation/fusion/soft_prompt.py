@@ -65,8 +65,8 @@ def merged(meaning: Tensor, places: Tensor) -> Tensor:
 class Packer(nn.Module):
     """The order of a position's tokens, which their mean does not tell: what is added to it.
 
-    Each token goes through one layer with a bias for its place and a view of the token before it; the mean of what comes
-    out is projected. Starts from nothing.
+    Each token goes through one layer with a bias for its place and a view of the token before it; the mean of what
+    comes out is projected. Starts from nothing.
 
     Args:
         width: ``d_llm``.
