@@ -3,9 +3,9 @@
     python benchmarks/training_speed.py --json
 
 The lexical stage of the embedded recipe, tower and all, on the passages of the demo corpus: forward, backward and the
-optimizer's step, timed one by one. Operations are counted by the formula of ``vist-rag train --dry-run``. A large matrix
-product is timed in the same run, before and after, and the faster one is the measure; small matrices cannot reach it: a
-product of the tower's own shape stands beside.
+optimizer's step, timed one by one. Operations are counted by the formula of ``vist-rag train --dry-run``. A large
+matrix product is timed in the same run, before and after, and the faster one is the measure; small matrices cannot
+reach it: a product of the tower's own shape stands beside.
 """
 
 from __future__ import annotations
