@@ -34,6 +34,7 @@ class PrefixBertConfig(BertConfig):
 
 REPEATED = 0.9
 """How much less likely a word is copied once it is in the answer, as a share."""
+_NEAR = (-2, -1, 0, 1, 2)  # which words a slot's key reads: its own, and its neighbours
 _EXACT = 50.0  # of the cosine between a word and itself: all others are nothing beside it
 
 
@@ -181,10 +182,6 @@ class CopyAttention(nn.Module):
             of_position = states[row, slot // shown.shape[-1]]
             named = named + self.local(torch.cat((of_position, *(directions[one] for one in near)), dim=-1))
         return keys.index_put((there,), named, accumulate=True)
-
-
-_NEAR = (-2, -1, 0, 1, 2)
-"""Which words beside its own a slot's key reads."""
 
 
 def _local(width: int, hidden: int) -> nn.Sequential:
