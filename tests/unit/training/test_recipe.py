@@ -168,7 +168,7 @@ def test_what_no_stage_would_read_is_refused(change: str, message: str) -> None:
         ("stages.align.batch=0", "batch must be a whole number above 0, got 0"),
         ("stages.align.learning_rate=fast", "learning_rate must be a number above 0, got 'fast'"),
         ("stages.align.learning_rate=inf", "learning_rate must be a number above 0, got inf"),
-        ("stages.align.train=['reader']", "train must be a list of some of tower, resampler, projector, meaning, packer"),
+        ("stages.align.train=['reader']", "train must be a list of some of tower, resampler, projector, meaning"),
         ("stages.align.train=tower", "train must be a list of some of"),
         ("stages.align.train=[]", "train must be a list of some of"),
         ("stages.align.raw=2", "raw must be a share in 0..1, got 2"),
