@@ -363,7 +363,12 @@ def share(raw: Sequence[int], full: Sequence[int], budget: int, frame: int) -> l
 
 
 def cut(model: EvalModel, passage: Passage, budget: int) -> Passage:
-    """The beginning of a passage that fits ``budget`` positions as text; at least its first token."""
+    """The beginning of a passage that fits ``budget`` positions as text; at least its first token.
+
+    A title that takes the whole budget by itself is left out.
+    """
+    if model.raw_tokens(replace(passage, text="")) >= budget:
+        passage = replace(passage, title="")
     allowed = max(1, budget - model.raw_tokens(replace(passage, text="")))
     encoded = model.generator.tokenizer(
         passage.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False

@@ -69,6 +69,14 @@ def test_truncated_begins_the_next_passage(model: EvalModel) -> None:
     assert PASSAGES[1].text not in text
 
 
+def test_a_title_that_takes_the_whole_budget_is_left_out(model: EvalModel) -> None:
+    long = Passage("the bridge was built in 1867", title="the old lake " * 30)
+    short = cut(model, long, 20)
+    assert long.text.startswith(short.text)
+    assert short.text
+    assert model.raw_tokens(short) <= 20
+
+
 def test_cut_keeps_the_beginning_and_fits(model: EvalModel) -> None:
     short = cut(model, PASSAGES[0], 20)
     assert PASSAGES[0].text.startswith(short.text)
