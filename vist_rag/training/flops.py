@@ -265,7 +265,7 @@ def _reading(tally: _Tally, model: MemoryReading, batch: Mapping[str, Any], *, c
     costs.pages, costs.text_tokens = len(batch["patch_mask"]), sum(rows.text)
     costs.memory_tokens, costs.target_tokens = sum(rows.memory), sum(rows.targets)
     ideal, memories = batch["spelt"] is not None, len(batch["places"])
-    before = memories > 0 and fusion.boundaries.requires_grad
+    before = memories > 0 and (fusion.boundaries.requires_grad or _learns(fusion.packer))
     if memories and not ideal:
         before = _learns(model.compressor, fusion.projector) or before
         _compressor(tally, model.compressor, batch["patch_mask"])

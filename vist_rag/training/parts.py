@@ -242,7 +242,8 @@ def train_only(model: MemoryReading, parts: Sequence[str], *, generator_runs: bo
     if "meaning" in parts:
         model.fusion.projector.requires_grad_(True)
         for name, weight in model.compressor.resampler.named_parameters():
-            weight.requires_grad_(name.partition(".")[0] not in _OF_SPELLING)
+            if name.partition(".")[0] not in _OF_SPELLING:
+                weight.requires_grad_(True)
     if "packer" in parts and model.fusion.packer is not None:
         model.fusion.packer.requires_grad_(True)
     if not generator_runs:

@@ -371,7 +371,7 @@ def _check_stage(stage: Mapping[str, Any], recipe: Mapping[str, Any], where: str
         raise ConfigError(f"{where}: [data] must name text, got none.")
     # A batch that holds nothing of what is trained has no gradient.
     of_generator = {"generator", "embeddings", "lora"}
-    for share, needed in (("raw", of_generator), ("ideal", of_generator | {"projector", "boundaries"})):
+    for share, needed in (("raw", of_generator), ("ideal", of_generator | {"projector", "packer", "boundaries"})):
         if stage.get(share) and not parts & needed:
             listed = ", ".join(part for part in PARTS if part in needed)
             raise ConfigError(f"{where}: {share} must be 0 where train names none of {listed}, got {stage[share]}.")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPModel
 
 from tests.support.cli import WordEmbedder
-from tests.support.tiny import tiny_tokenizer
+from tests.support.tiny import tiny_compressor, tiny_generator, tiny_tokenizer
 from tests.support.training import (
     PVE,
     TEXT,
@@ -35,7 +35,8 @@ from vist_rag.pipeline import VistRAG, load_compressor, read_settings
 from vist_rag.retrieval import PassageIndex
 from vist_rag.training.lexical import WordSalad
 from vist_rag.training.objectives import MaskMode
-from vist_rag.training.parts import written_decoder
+from vist_rag.training.parts import train_only, written_decoder
+from vist_rag.training.reading import MemoryReading
 from vist_rag.training.recipe import check_recipe
 from vist_rag.types import Passage
 
@@ -293,6 +294,12 @@ def test_what_memory_means_learns_and_what_it_spells_stays(folder: Path, tmp_pat
         seen["distill"].changed
     )
     answer(model)
+
+
+def test_a_part_that_is_named_beside_a_smaller_one_learns_whole() -> None:
+    model = MemoryReading(tiny_compressor(spelling_width=8), tiny_generator(memory_width=24))
+    train_only(model, ("resampler", "meaning"))
+    assert all(weight.requires_grad for weight in model.compressor.resampler.parameters())
 
 
 @pytest.mark.parametrize(
