@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
+from vist_rag.checkpoint import find_checkpoint, load_compressor
 from vist_rag.compression import VisualMemory
 from vist_rag.evaluation import bootstrap_interval, exact_match, f1
 from vist_rag.evaluation.demo import demo_passages, demo_questions
 from vist_rag.evaluation.provenance import run_facts
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.pipeline import find_checkpoint, load_compressor
 
 SIZES = (64, 32, 16, 8)
 

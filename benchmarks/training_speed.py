@@ -22,10 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from vist_rag.checkpoint import find_checkpoint, load_compressor
 from vist_rag.evaluation.demo import demo_passages
 from vist_rag.evaluation.provenance import run_facts
 from vist_rag.generation import VistGenerator
-from vist_rag.pipeline import find_checkpoint, load_compressor
 from vist_rag.training.flops import Flops, batch_costs
 from vist_rag.training.lexical import LexicalAlignment, lexical_batch
 from vist_rag.training.parts import plain, train_only

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
         StoreError,
         VistError,
     )
-    from vist_rag.generation import Prompt, VistGenerator
+    from vist_rag.generation import Prompt, Sampling, VistGenerator, strip_spans
     from vist_rag.pipeline import VistRAG
+    from vist_rag.reader import Marked, Reply, Said, VistReader
     from vist_rag.rendering import Renderer
-    from vist_rag.retrieval import PassageIndex
+    from vist_rag.retrieval import Embedder, GivenVectors, PassageIndex
     from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
 
     __version__: str
@@ -36,14 +37,20 @@ __all__ = [
     "CheckpointError",
     "Citation",
     "ConfigError",
+    "Embedder",
+    "GivenVectors",
     "IncompatibleMemoryError",
     "InputError",
+    "Marked",
     "MissingDependencyError",
     "Passage",
     "PassageIndex",
     "Prompt",
     "Renderer",
     "RendererConfig",
+    "Reply",
+    "Said",
+    "Sampling",
     "SearchHit",
     "ShapeError",
     "StoreError",
@@ -52,8 +59,10 @@ __all__ = [
     "VistError",
     "VistGenerator",
     "VistRAG",
+    "VistReader",
     "VisualMemory",
     "__version__",
+    "strip_spans",
 ]
 
 _ROOM_OF = {
@@ -62,14 +71,20 @@ _ROOM_OF = {
     "CheckpointError": "errors",
     "Citation": "types",
     "ConfigError": "errors",
+    "Embedder": "retrieval",
+    "GivenVectors": "retrieval",
     "IncompatibleMemoryError": "errors",
     "InputError": "errors",
+    "Marked": "reader",
     "MissingDependencyError": "errors",
     "Passage": "types",
     "PassageIndex": "retrieval",
     "Prompt": "generation",
     "Renderer": "rendering",
     "RendererConfig": "config",
+    "Reply": "reader",
+    "Said": "reader",
+    "Sampling": "generation",
     "SearchHit": "types",
     "ShapeError": "errors",
     "StoreError": "errors",
@@ -78,7 +93,9 @@ _ROOM_OF = {
     "VistError": "errors",
     "VistGenerator": "generation",
     "VistRAG": "pipeline",
+    "VistReader": "reader",
     "VisualMemory": "compression",
+    "strip_spans": "generation",
 }
 
 

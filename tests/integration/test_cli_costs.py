@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner, Result
 
 from tests.support.tiny import save_tiny_checkpoint
+from vist_rag.checkpoint import embedded_checkpoint, load_compressor
 from vist_rag.cli.costs import costs
 from vist_rag.evaluation.latency import FIRST_TOKEN, STAGES
-from vist_rag.pipeline import embedded_checkpoint, load_compressor
 
 app = typer.Typer()
 app.command()(costs)

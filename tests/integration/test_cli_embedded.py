@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.support.cli import ROOT
-from vist_rag.pipeline import SETTINGS_FILE, embedded_checkpoint
+from vist_rag.checkpoint import SETTINGS_FILE, embedded_checkpoint
 
 pytestmark = [
     pytest.mark.slow,

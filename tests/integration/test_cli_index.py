@@ -279,6 +279,6 @@ def test_ctrl_c_keeps_what_was_stored_and_a_repetition_goes_on(tiny: Path, tmp_p
 
 
 def tiny_fingerprint(checkpoint: Path) -> str:
-    from vist_rag.pipeline import load_compressor
+    from vist_rag.checkpoint import load_compressor
 
     return load_compressor(checkpoint).fingerprint

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from tests.support.cli import ROOT, failure, run, run_json
 from tests.support.evaluation import write_data
 from tests.support.tiny import save_tiny_checkpoint
-from vist_rag.pipeline import SETTINGS_FILE, embedded_checkpoint, load_compressor
+from vist_rag.checkpoint import SETTINGS_FILE, embedded_checkpoint, load_compressor
 
 pytest.importorskip("accelerate", reason="training needs the extra 'train'")
 

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from tests.support.tiny import save_tiny_checkpoint, tiny_compressor
 from vist_rag.budget import Budget
+from vist_rag.checkpoint import find_checkpoint
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
 from vist_rag.generation import Generation
-from vist_rag.pipeline import VistRAG, find_checkpoint, find_span
+from vist_rag.pipeline import VistRAG
+from vist_rag.reader import find_span
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Passage
 

@@ -148,9 +148,9 @@ class _Checkpoint:
     def __init__(self, model: str | None) -> None:
         from transformers import AutoConfig
 
+        from vist_rag.checkpoint import find_checkpoint
         from vist_rag.compression import VistConfig
         from vist_rag.config import FusionConfig
-        from vist_rag.pipeline import find_checkpoint
 
         directory = find_checkpoint(model)
         try:

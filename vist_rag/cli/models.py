@@ -45,8 +45,8 @@ def load_rag(model: str | None, index: PassageIndex) -> VistRAG:
 def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor, VistGenerator]:
     """A checkpoint's directory, settings, compressor and generator; errors as :func:`load_rag`."""
     with working("loading the model"), _readable(model):
+        from vist_rag.checkpoint import find_checkpoint, load_compressor, read_settings
         from vist_rag.generation import VistGenerator
-        from vist_rag.pipeline import find_checkpoint, load_compressor, read_settings
 
         directory = find_checkpoint(model)
         settings = read_settings(directory)
@@ -57,7 +57,7 @@ def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor,
 def load_compressor_of(model: str | None) -> VistCompressor:
     """The compressor of a checkpoint; errors as :func:`load_rag`."""
     with working("loading the compressor"), _readable(model):
-        from vist_rag.pipeline import find_checkpoint, load_compressor
+        from vist_rag.checkpoint import find_checkpoint, load_compressor
 
         return _vist(load_compressor(find_checkpoint(model)))
 

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from vist_rag.checkpoint import find_checkpoint, load_compressor, read_settings
 from vist_rag.compression import PassageCompressor, VisualMemory
 from vist_rag.compression.memory import PASSAGE_GAP
 from vist_rag.errors import ConfigError, MissingDependencyError
 from vist_rag.evaluation.provenance import directory_hash
 from vist_rag.generation import Prompt, PromptTemplate, VistGenerator
-from vist_rag.pipeline import find_checkpoint, load_compressor, read_settings
 from vist_rag.types import Passage
 
 

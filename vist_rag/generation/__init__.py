@@ -1,18 +1,30 @@
 """Prompt -> answer: a causal LM that reads text and memory."""
 
 from vist_rag.generation import prefix_bert as _prefix_bert  # registers the embedded generator's architecture
+from vist_rag.generation.batching import MicroBatcher
 from vist_rag.generation.fusion import SoftPromptFusion
 from vist_rag.generation.generator import Generation, VistGenerator, best_device
-from vist_rag.generation.prompt import MemorySegment, Prompt, PromptTemplate, TextSegment
+from vist_rag.generation.prompt import MemorySegment, Message, Prompt, PromptTemplate, TemplateSegment, TextSegment
+from vist_rag.generation.sampling import Sampling
+from vist_rag.generation.spans import Span, make_ref, read_spans, strip_spans, write_span
 
 __all__ = [
     "Generation",
     "MemorySegment",
+    "Message",
+    "MicroBatcher",
     "Prompt",
     "PromptTemplate",
+    "Sampling",
     "SoftPromptFusion",
+    "Span",
+    "TemplateSegment",
     "TextSegment",
     "VistGenerator",
     "best_device",
+    "make_ref",
+    "read_spans",
+    "strip_spans",
+    "write_span",
 ]
 del _prefix_bert

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StoppingCriteriaList
 
+from vist_rag.compression import VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError, VistError
 from vist_rag.generation.fusion import SoftPromptFusion
 from vist_rag.generation.int8 import is_int8, load_int8
-from vist_rag.generation.prompt import Prompt, TextSegment
+from vist_rag.generation.prompt import MemorySegment, Message, Prompt, Segment, TemplateSegment, TextSegment
 from vist_rag.generation.referenced import is_referenced, load_referenced
 from vist_rag.generation.streaming import Pieces, StopAt, holds_any, until
 
@@ -121,14 +123,63 @@ class VistGenerator:
         """How many tokens plain text takes."""
         return len(self.tokenize(text))
 
+    def parts(self, prompt: Prompt) -> list[Tensor | VisualMemory]:
+        """A prompt with its frame, in reading order: token ids, int64 ``[t]``, and memories."""
+        inside = [s.memory if isinstance(s, MemorySegment) else self._segment_ids(s) for s in prompt.segments]
+        if prompt.framed:
+            return inside
+        before, after = self.frame
+        return [self.ids(before), *inside, self.ids(after)]
+
+    def _segment_ids(self, segment: TextSegment | TemplateSegment) -> Tensor:
+        if isinstance(segment, TextSegment):
+            return self.tokenize(segment.text)
+        return self.ids(self.tokenizer(segment.text, add_special_tokens=False).input_ids)
+
     def prompt_length(self, prompt: Prompt) -> int:
         """Positions that a prompt takes, frame and boundary embeddings included."""
-        before, after = self.frame
-        inside = (
-            self.count_tokens(s.text) if isinstance(s, TextSegment) else len(s.memory) + self.fusion.boundary_tokens
-            for s in prompt.segments
-        )
-        return len(before) + sum(inside) + len(after)
+        boundary = self.fusion.boundary_tokens
+        return sum(len(part) + boundary * isinstance(part, VisualMemory) for part in self.parts(prompt))
+
+    def converse(self, messages: Sequence[Message]) -> Prompt:
+        """A conversation as a prompt, in the words of the chat template; without one, message after message.
+
+        Where the template takes no ``system`` or ``tool`` messages, these are said by the user.
+
+        Raises:
+            InputError: If there is no message, or the template refuses them.
+        """
+        if not messages:
+            raise InputError("messages must be one or more, got none; ask something.")
+        if not getattr(self.tokenizer, "chat_template", None):
+            between = TextSegment("\n\n")
+            joined = [part for message in messages for part in (between, *message.segments)]
+            return Prompt(tuple(joined[1:]))
+        try:
+            return self._converse(messages)
+        except InputError:
+            if not {"system", "tool"} & {message.role for message in messages}:
+                raise
+            return self._converse(_said_by_user(messages))
+
+    def _converse(self, messages: Sequence[Message]) -> Prompt:
+        marks = [f"{_PLACEHOLDER}{i}{_PLACEHOLDER}" for i in range(len(messages))]
+        chat = [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # Jinja's own, or what a template raises
+            roles = ", ".join(message.role for message in messages)
+            raise InputError(f"The generator's chat template refuses messages of {roles} ({error}).") from error
+        pieces = re.split(f"{_PLACEHOLDER}(\\d+){_PLACEHOLDER}", text)
+        if missing := set(map(str, range(len(messages)))) - set(pieces[1::2]):
+            raise InputError(f"The generator's chat template leaves out messages {', '.join(sorted(missing))}.")
+        segments: list[Segment] = []
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                segments += messages[int(piece)].segments
+            elif piece:
+                segments.append(TemplateSegment(piece))
+        return Prompt(tuple(segments), framed=True)
 
     @property
     def context_tokens(self) -> int | None:
@@ -306,6 +357,18 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     encoded = tokenizer("a", return_special_tokens_mask=True)
     special = takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
     return [token for token, _ in special], []
+
+
+def _said_by_user(messages: Sequence[Message]) -> list[Message]:
+    """Neighbours of one side as one message, with ``system`` and ``tool`` on the user's side."""
+    said: list[Message] = []
+    for message in messages:
+        role = "assistant" if message.role == "assistant" else "user"
+        if said and said[-1].role == role:
+            said[-1] = Message(role, (*said[-1].segments, TextSegment("\n\n"), *message.segments))
+        else:
+            said.append(Message(role, message.segments))
+    return said
 
 
 def _encodable(text: str) -> str:

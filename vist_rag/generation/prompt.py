@@ -24,14 +24,41 @@ class MemorySegment:
     memory: VisualMemory
 
 
-Segment = TextSegment | MemorySegment
+@dataclass(frozen=True, slots=True)
+class TemplateSegment:
+    """Text of the generator's own chat template: special tokens in it count. Nothing that a user wrote belongs here."""
+
+    text: str
+
+
+Segment = TextSegment | MemorySegment | TemplateSegment
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one side of a conversation said.
+
+    Attributes:
+        role: ``system``, ``user``, ``assistant`` or ``tool``.
+        segments: What was said, in reading order.
+    """
+
+    role: str
+    segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Segments in reading order; a chat template, where the generator has one, is put around the whole of them."""
+    """Segments in reading order.
+
+    Attributes:
+        segments: Text, memory, and the chat template's own text.
+        framed: Whether the chat template is among the segments (``VistGenerator.converse``). Else the generator puts it
+            around the whole of them, as one message of the user.
+    """
 
     segments: tuple[Segment, ...]
+    framed: bool = False
 
     @property
     def memory_tokens(self) -> int:

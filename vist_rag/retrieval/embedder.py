@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vist_rag.errors import CheckpointError, ConfigError
+from vist_rag.errors import CheckpointError, ConfigError, InputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,6 +41,37 @@ class Embedder(Protocol):
     def encode(self, texts: Sequence[str], *, query: bool = False) -> NDArray[np.float32]:
         """Embed texts into float32 ``[n, d]``, rows of length 1; ``query``: they are questions, where that matters."""
         ...
+
+
+class GivenVectors:
+    """The embedder of an index whose vectors come from elsewhere: it embeds nothing.
+
+    Args:
+        name: Names the vector space.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    @property
+    def dimension(self) -> int:
+        """Unknown here."""
+        raise InputError(self._refusal)
+
+    def encode(self, texts: Sequence[str], *, query: bool = False) -> NDArray[np.float32]:
+        """Refuse.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(self._refusal)
+
+    @property
+    def _refusal(self) -> str:
+        return (
+            f"An index of vectors that are given ({self.name}) must be given them, got text; pass vectors= to add, and "
+            "search with search_vectors."
+        )
 
 
 class SentenceTransformerEmbedder:

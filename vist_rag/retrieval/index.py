@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -147,6 +147,7 @@ class PassageIndex:
         passages: Iterable[Passage],
         memories: Iterable[ArrayLike | None] | None = None,
         *,
+        vectors: Iterable[ArrayLike] | None = None,
         fingerprint: str = "",
         progress: bool = False,
     ) -> int:
@@ -158,14 +159,15 @@ class PassageIndex:
         Args:
             passages: Passages; read as they are needed.
             memories: float ``[n, d]`` for each passage, or None for one without; as many as passages.
+            vectors: float ``[d]`` for each passage, of any length above 0; None: the embedder makes them.
             fingerprint: Of the compressor that made the memories.
             progress: Whether to show a progress bar.
         Returns:
             How many passages are new or changed.
         Raises:
             ConfigError: If memories come without a fingerprint, or FAISS refuses the index factory.
-            InputError: If there are more or fewer memories than passages, or one of either cannot be stored.
-            ShapeError: If the embedder does not give one vector a text, all of the length of those stored.
+            InputError: If there are more or fewer memories or vectors than passages, or one of them cannot be stored.
+            ShapeError: If there is not one finite vector a text, all of the length of those stored.
             StoreError: If the index is read-only or locked.
         """
         if memories is not None and not fingerprint:
@@ -173,17 +175,17 @@ class PassageIndex:
         self._store.require_writable()
         added = 0
         with tqdm(desc="indexing", unit=" passages", disable=not progress, total=_length(passages)) as bar:
-            pairs = _paired(passages, memories)
-            while batch := list(islice(pairs, _BATCH)):
+            entries = _zipped(passages, memories, vectors)
+            while batch := list(islice(entries, _BATCH)):
                 added += self._add_batch(batch, fingerprint)
                 bar.update(len(batch))
         return added
 
-    def _add_batch(self, batch: Sequence[tuple[Passage, ArrayLike | None]], fingerprint: str) -> int:
-        unknown = [passage for passage, _ in batch if not self._store.holds(passage)]
-        vectors = self._embed([passage.content for passage in unknown]) if unknown else np.zeros((0, 0), np.float32)
-        found = dict(zip(unknown, vectors, strict=True))
-        entries = [Entry(passage, found.get(passage), memory) for passage, memory in batch]
+    def _add_batch(self, batch: Sequence[_Given], fingerprint: str) -> int:
+        unknown = [given for given in batch if not self._store.holds(given.passage)]
+        vectors = self._vectors(unknown)
+        found = {given.passage: vector for given, vector in zip(unknown, vectors, strict=True)}
+        entries = [Entry(given.passage, found.get(given.passage), given.memory) for given in batch]
         with self._store.transaction():
             if unknown and "dimension" not in self.meta:
                 dimension = vectors.shape[1]
@@ -193,16 +195,18 @@ class PassageIndex:
             self._check_dimension(vectors)
             return self._store.add(entries, fingerprint)
 
+    def _vectors(self, batch: Sequence[_Given]) -> NDArray[np.float32]:
+        """The vectors that were given, or the embedder's; of length 1, ``[n, d]``."""
+        if not batch:
+            return np.zeros((0, 0), np.float32)
+        if batch[0].vector is None:
+            return self._embed([given.passage.content for given in batch])
+        return _normalised(cast(Any, [given.vector for given in batch]), len(batch), "vectors")
+
     def _embed(self, texts: Sequence[str], *, query: bool = False) -> NDArray[np.float32]:
         """Vectors of length 1, ``[n, d]``, so that their inner product is the cosine."""
-        vectors = np.array(self.embedder.encode(texts, query=query), dtype=np.float32)
-        if vectors.ndim != 2 or len(vectors) != len(texts) or not np.isfinite(vectors).all():
-            raise ShapeError(
-                f"The embedder {self.embedder.name!r} must give {len(texts)} finite vectors [n, d], got "
-                f"{list(vectors.shape)}; correct it."
-            )
-        vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return vectors
+        encoded = self.embedder.encode(texts, query=query)
+        return _normalised(encoded, len(texts), f"The embedder {self.embedder.name!r}")
 
     def _check_dimension(self, vectors: NDArray[np.float32]) -> None:
         if len(vectors) and vectors.shape[1] != int(self.meta["dimension"]):
@@ -249,19 +253,44 @@ class PassageIndex:
         with self._fresh_cache(top_k):  # a wrong top_k is told before a model is loaded
             if not queries:
                 return []
-        vectors = self._embed(queries, query=True)
+        return self._nearest(self._embed(queries, query=True), top_k, None)
+
+    def search_vectors(
+        self, vectors: ArrayLike, top_k: int, *, where: Callable[[Passage], bool] | None = None
+    ) -> list[list[SearchHit]]:
+        """As :meth:`search_batch`, for vectors.
+
+        Args:
+            vectors: float ``[q, d]``, of any length above 0.
+            top_k: How many, up to the size of the index.
+            where: Which passages count; the best ``top_k`` of these are found, wherever they rank among all.
+        Raises:
+            InputError: If the index is empty.
+            ConfigError: If ``top_k`` is out of range.
+            ShapeError: If these are not finite vectors of the length of those stored.
+        """
+        return self._nearest(_normalised(vectors, len(np.asarray(vectors)), "vectors"), top_k, where)
+
+    def _nearest(
+        self, vectors: NDArray[np.float32], top_k: int, where: Callable[[Passage], bool] | None
+    ) -> list[list[SearchHit]]:
         with self._fresh_cache(top_k) as cache:
             self._check_dimension(vectors)
-            scores, rows = cache.search(vectors, top_k)
-            passages = self._store.get_rows({int(row) for row in rows.flat if row >= 0})
-        return [
-            [
-                SearchHit(passages[int(row)], float(score), rank)
-                for rank, (row, score) in enumerate(zip(rows[i], scores[i], strict=True))
-                if row >= 0
-            ]
-            for i in range(len(queries))
-        ]
+            wanted = top_k
+            while True:
+                scores, rows = cache.search(vectors, wanted)
+                passages = self._store.get_rows({int(row) for row in rows.flat if row >= 0})
+                kept = passages if where is None else {row: p for row, p in passages.items() if where(p)}
+                found = [
+                    [(kept[int(row)], float(score)) for row, score in zip(*one, strict=True) if int(row) in kept][
+                        :top_k
+                    ]
+                    for one in zip(rows, scores, strict=True)
+                ]
+                if where is None or wanted >= len(cache) or all(len(hits) == top_k for hits in found):
+                    break
+                wanted = min(4 * wanted, len(cache))
+        return [[SearchHit(passage, score, rank) for rank, (passage, score) in enumerate(hits)] for hits in found]
 
     @contextmanager
     def _fresh_cache(self, top_k: int) -> Iterator[FaissCache]:
@@ -270,6 +299,10 @@ class PassageIndex:
             self._cache.refresh(self._store)
             _check_top_k(top_k, len(self._cache))
             yield self._cache
+
+    def vectors(self, ids: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """Vectors by passage id, float32 ``[d]`` of length 1, in the order asked; unknown ids are absent."""
+        return self._store.vectors_of(ids)
 
     def memories(self, ids: Iterable[str], fingerprint: str) -> dict[str, NDArray[np.float16]]:
         """Stored memories by passage id, float16 ``[n, d]``; those not stored under this fingerprint are absent."""
@@ -317,16 +350,40 @@ def _matching(embedder: Embedder | None, made_with: str | None, directory: Path)
     return embedder
 
 
-def _paired(
-    passages: Iterable[Passage], memories: Iterable[ArrayLike | None] | None
-) -> Iterator[tuple[Passage, ArrayLike | None]]:
-    if memories is None:
-        yield from ((passage, None) for passage in passages)
-        return
-    for passage, memory in zip_longest(passages, memories, fillvalue=_MISSING):
-        if passage is _MISSING or memory is _MISSING:
-            raise InputError("There are more passages than memories, or fewer; give one memory (or None) for each.")
-        yield passage, memory
+class _Given(NamedTuple):
+    """What is added; the vector is None where the embedder makes it."""
+
+    passage: Passage
+    memory: ArrayLike | None
+    vector: ArrayLike | None
+
+
+def _zipped(
+    passages: Iterable[Passage],
+    memories: Iterable[ArrayLike | None] | None,
+    vectors: Iterable[ArrayLike] | None,
+) -> Iterator[_Given]:
+    beside = [values for values in (memories, vectors) if values is not None]
+    for passage, *row in zip_longest(passages, *beside, fillvalue=_MISSING):
+        if passage is _MISSING or any(value is _MISSING for value in row):
+            raise InputError(
+                "There are more passages than memories or vectors, or fewer; give one memory (or None) and one vector "
+                "for each."
+            )
+        memory = row.pop(0) if memories is not None else None
+        yield _Given(passage, memory, row.pop() if row else None)
+
+
+def _normalised(vectors: ArrayLike, n: int, who: str) -> NDArray[np.float32]:
+    """Vectors of length 1, float32 ``[n, d]``, so that their inner product is the cosine."""
+    try:
+        array = np.array(vectors, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise ShapeError(f"{who} must give {n} vectors of one length, got {error}; correct it.") from error
+    if array.ndim != 2 or len(array) != n or not array.shape[1] or not np.isfinite(array).all():
+        raise ShapeError(f"{who} must give {n} finite vectors [n, d], got {list(array.shape)}; correct it.")
+    array /= np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)
+    return array
 
 
 def _length(passages: Iterable[Passage]) -> int | None:

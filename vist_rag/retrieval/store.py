@@ -277,6 +277,13 @@ class PassageStore:
             vectors = np.frombuffer(b"".join(vector for _, vector in page), "<f4").reshape(len(page), -1)
             yield np.array([row for row, _ in page], np.int64), vectors.astype(np.float32)
 
+    def vectors_of(self, ids: Iterable[str]) -> dict[str, NDArray[np.float32]]:
+        """Vectors by passage id, float32 ``[d]``, in the order asked; those that are not stored are absent."""
+        sql = "SELECT vector FROM passages WHERE id = CAST(? AS TEXT)"
+        with self._db.reading():
+            found = ((id_, self._db.value(sql, utf8(id_))) for id_ in ids)
+            return {id_: np.frombuffer(blob, "<f4").astype(np.float32) for id_, blob in found if blob is not None}
+
     def _pages(self, sql: str, *values: object, after: int = 0) -> Iterator[list[Any]]:
         """Run ``sql``, whose first parameter is a row number and the last a limit, until nothing follows."""
         while True:

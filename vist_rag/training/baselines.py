@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
+from vist_rag.checkpoint import find_checkpoint, load_compressor
 from vist_rag.compression import PassageCompressor, TextCompressor, VistCompressor
 from vist_rag.compression.text import DIGITS
 from vist_rag.compression.vision import VisionTower
@@ -21,7 +22,6 @@ from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
-from vist_rag.pipeline import find_checkpoint, load_compressor
 from vist_rag.training.parts import atlas, base_model, plain
 from vist_rag.training.recipe import override
 from vist_rag.training.run import RecipeRun

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 
+from vist_rag.checkpoint import SETTINGS_FILE
 from vist_rag.compression import PassageCompressor, VistCompressor
 from vist_rag.compression.referenced import check_tower
 from vist_rag.compression.vision import VisionTower
@@ -18,7 +19,6 @@ from vist_rag.errors import ConfigError
 from vist_rag.generation import VistGenerator
 from vist_rag.generation.int8 import save_int8
 from vist_rag.generation.referenced import check_generator, merged, remove_reference, save_referenced
-from vist_rag.pipeline import SETTINGS_FILE
 from vist_rag.references import Reference
 
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tests.support.tiny import BERT_SIZES, WORDS, tiny_generator, tiny_tokenizer
+from vist_rag.checkpoint import load_compressor
 from vist_rag.compression import TextCompressor, TextCompressorConfig
 from vist_rag.compression.text import DIGITS, TextTower, TokenRenderer, read_ids, write_ids
 from vist_rag.config import FusionConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment
-from vist_rag.pipeline import compress, load_compressor
+from vist_rag.pipeline import compress
 from vist_rag.types import Passage
 
 SHORT = "the old bridge was built in 1867"

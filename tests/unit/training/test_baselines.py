@@ -17,13 +17,13 @@ from transformers import BertConfig, BertModel
 
 from tests.support.tiny import BERT_SIZES, save_tiny_checkpoint, tiny_tokenizer
 from tests.support.training import log_of, sentence_recipe, stage
+from vist_rag.checkpoint import load_compressor, read_settings
 from vist_rag.compression import TextCompressor, VistCompressor
 from vist_rag.compression.resampler import PerceiverResampler, WindowPooling
 from vist_rag.compression.text import DIGITS
 from vist_rag.compression.vision import VisionTower
 from vist_rag.errors import ConfigError, IncompatibleMemoryError
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.pipeline import load_compressor, read_settings
 from vist_rag.training.lexical import lexical_batch
 from vist_rag.training.recipe import KINDS, load_recipe
 

@@ -33,11 +33,12 @@ from transformers import (
 from tests.support.causal import causal_generator
 from tests.support.cli import WordEmbedder
 from tests.support.tiny import ATLAS, TOWER, tiny_compressor, tiny_generator
+from vist_rag.checkpoint import load_compressor
 from vist_rag.compression import VistCompressor
 from vist_rag.config import FusionConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, MissingDependencyError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
-from vist_rag.pipeline import VistRAG, load_compressor
+from vist_rag.pipeline import VistRAG
 from vist_rag.references import Reference
 from vist_rag.rendering import GlyphAtlas
 from vist_rag.retrieval import PassageIndex

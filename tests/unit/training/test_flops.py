@@ -17,10 +17,10 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from tests.support.causal import causal_generator
 from tests.support.tiny import ATLAS, tiny_compressor, tiny_generator, tiny_tokenizer
+from vist_rag.checkpoint import embedded_checkpoint, load_compressor
 from vist_rag.compression import PassageCompressor, TextCompressor, VistCompressor
 from vist_rag.config import FusionConfig, ResamplerConfig
 from vist_rag.generation import SoftPromptFusion, VistGenerator
-from vist_rag.pipeline import embedded_checkpoint, load_compressor
 from vist_rag.rendering import GlyphAtlas
 from vist_rag.training.data import Question
 from vist_rag.training.examples import Example, answer_example, continue_example, reconstruct_example

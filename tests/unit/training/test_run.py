@@ -29,9 +29,10 @@ from tests.support.training import (
     sentence_recipe,
     stage,
 )
+from vist_rag.checkpoint import load_compressor, read_settings
 from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.generation import PromptTemplate, VistGenerator
-from vist_rag.pipeline import VistRAG, load_compressor, read_settings
+from vist_rag.pipeline import VistRAG
 from vist_rag.retrieval import PassageIndex
 from vist_rag.training.lexical import WordSalad
 from vist_rag.training.objectives import MaskMode

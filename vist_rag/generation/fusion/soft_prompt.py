@@ -24,7 +24,7 @@ from vist_rag.compression.text import read_ids
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
 from vist_rag.generation.prefix_bert import ranks
-from vist_rag.generation.prompt import Prompt, TextSegment
+from vist_rag.generation.prompt import Prompt
 
 if TYPE_CHECKING:
     from vist_rag.generation.generator import VistGenerator
@@ -276,11 +276,8 @@ class SoftPromptFusion(nn.Module):
     def embed(self, generator: VistGenerator, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """One prompt as embeddings, float ``[t, d_llm]``, and the tokens that each position shows, ``[t, s]``."""
         table = generator.model.get_input_embeddings()
-        before, after = generator.frame
-        parts: list[Tensor | VisualMemory] = [generator.ids(before)]
-        parts += [generator.tokenize(s.text) if isinstance(s, TextSegment) else s.memory for s in prompt.segments]
         embeds, shown = [], []
-        for part in (*parts, generator.ids(after)):
+        for part in generator.parts(prompt):
             if isinstance(part, VisualMemory):
                 self.check(part)
                 embedded, tokens = self.read(generator, part.latents, part.places)

@@ -1,0 +1,496 @@
+"""VistReader: compressor and generator as one model that reads conversations with passages in them.
+
+What the LangChain and LlamaIndex doors stand on. A passage comes as a span in the text (``generation/spans.py``); here
+its memory is found, or made from the text that is right there, and read in its place. ``VistRAG`` is a reader that
+searches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import threading
+import unicodedata
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from vist_rag.budget import Budget, Plan
+from vist_rag.checkpoint import SETTINGS_FILE, find_checkpoint, load_compressor, read_settings
+from vist_rag.compression import PassageCompressor, VisualMemory
+from vist_rag.errors import CheckpointError, ConfigError
+from vist_rag.generation import (
+    Generation,
+    MemorySegment,
+    Message,
+    MicroBatcher,
+    Prompt,
+    PromptTemplate,
+    Sampling,
+    Span,
+    TextSegment,
+    VistGenerator,
+    make_ref,
+    read_spans,
+    write_span,
+)
+from vist_rag.retrieval import PassageIndex
+from vist_rag.types import Passage, SearchHit, Usage
+
+CACHE_BYTES = 256 * 2**20
+"""Memories that a reader keeps at hand, about 10,000 passages of the embedded model."""
+
+_END: Any = object()
+
+
+class Said(NamedTuple):
+    """One message of a conversation; its text may hold spans."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """How a passage is read.
+
+    Attributes:
+        hit: The passage, with score and rank.
+        ref: Under which it may be read as memory; empty: it is read as text.
+        size: Positions that its memory takes; 0: it is read as text.
+    """
+
+    hit: SearchHit
+    ref: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a reader said.
+
+    Attributes:
+        text: The answer.
+        usage: ``origin_tokens`` and ``compressed_tokens`` are of the passages that came as spans.
+    """
+
+    text: str
+    usage: Usage
+
+
+class _Asked(NamedTuple):
+    messages: tuple[tuple[str, tuple[str | Span, ...]], ...]
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    sampling: Sampling
+
+    def arguments(self) -> dict[str, Any]:
+        """For the generator."""
+        processors = self.sampling.processors()
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "stop": self.stop,
+            **({"logits_processor": processors} if processors else {}),
+        }
+
+    @property
+    def spans(self) -> list[Span]:
+        return [part for _, parts in self.messages for part in parts if isinstance(part, Span)]
+
+
+class VistReader:
+    """Reads conversations whose passages come as text or as memory, and answers.
+
+    Thread-safe. Calls that come at the same time share a forward pass (:class:`~vist_rag.generation.MicroBatcher`).
+
+    Args:
+        compressor: Makes the memories that are not at hand.
+        generator: Reads and answers. Its fusion must have been trained for this compressor.
+        index: Where memories may be stored already; those of its passages are kept there.
+        budget: How many passages are read which way.
+        template: How passages and question become a prompt.
+        max_new_tokens: Upper limit of an answer.
+        stop: An answer ends before any of these strings.
+        max_batch_size: Calls in one forward pass.
+        max_wait_ms: How long the first call of an idle reader waits for others.
+        cache_bytes: Memories at hand; those that were read longest ago go first.
+    Raises:
+        ConfigError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        compressor: PassageCompressor,
+        generator: VistGenerator,
+        *,
+        index: PassageIndex | None = None,
+        budget: Budget | None = None,
+        template: PromptTemplate | None = None,
+        max_new_tokens: int = 32,
+        stop: Sequence[str] = (),
+        max_batch_size: int = 16,
+        max_wait_ms: float = 1.0,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.compressor = compressor.eval()
+        self.generator = generator
+        self.index = index
+        self.budget = budget or Budget()
+        self.template = template or PromptTemplate()
+        self.max_new_tokens = max_new_tokens
+        self.stop = tuple(stop)
+        self._cache = _Cache(cache_bytes)
+        self._batcher = MicroBatcher(self._serve, max_batch_size=max_batch_size, max_wait_ms=max_wait_ms)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str | Path | None = None,
+        *,
+        index: PassageIndex | None = None,
+        budget: Budget | None = None,
+        device: str | None = None,
+    ) -> Self:
+        """Load compressor, generator and fusion from one directory.
+
+        Args:
+            checkpoint: Local directory with ``compressor/``, ``generator/``, ``fusion/`` and ``vist.json``, or a hub id
+                of such a directory; None means the embedded model. Pretrained models that it refers to are loaded from
+                where they are.
+            index: Where passages and their memories are.
+            budget: None means the checkpoint's own.
+            device: None means cuda, then mps, then cpu.
+        Raises:
+            CheckpointError: If something is missing or cannot be read, or a model that is referred to was changed.
+            MissingDependencyError: If the generator has a LoRA adapter and peft is not installed.
+        """
+        directory = find_checkpoint(checkpoint)
+        settings = read_settings(directory)
+        try:
+            own, template = Budget(**settings.get("budget", {})), PromptTemplate(**settings.get("template", {}))
+        except (TypeError, ConfigError) as error:
+            raise CheckpointError(
+                f"{directory / SETTINGS_FILE} is not of this version ({error}); restore it."
+            ) from error
+        return cls(
+            index=index,
+            compressor=load_compressor(directory, device=device),
+            generator=VistGenerator.from_pretrained(
+                directory / "generator", fusion=directory / "fusion", device=device
+            ),
+            budget=budget or own,
+            template=template,
+            max_new_tokens=settings.get("max_new_tokens", 32),
+            stop=settings.get("stop", ()),
+        )
+
+    # ------------------------------------------------------------------------------------------------------ planning
+
+    def plan(self, hits: Sequence[SearchHit], budget: Budget | None = None) -> Plan:
+        """How each hit is read."""
+        return (budget or self.budget).split(hits, raw_tokens=self.raw_tokens, memory_tokens=self.memory_tokens)
+
+    def raw_tokens(self, passage: Passage) -> int:
+        """Tokens that a passage takes as text."""
+        return self.generator.count_tokens(self.template.raw_text(passage))
+
+    def memory_tokens(self, passage: Passage, latents: int | None) -> int:
+        """Positions that a passage takes as memory, known before it is encoded."""
+        return self._frame_tokens + self._size(passage.content, latents)
+
+    @property
+    def _frame_tokens(self) -> int:
+        """Positions around each memory."""
+        return self.generator.count_tokens(self.template.memory) + self.generator.fusion.boundary_tokens
+
+    def _size(self, content: str, latents: int | None) -> int:
+        n: int = self.compressor.count_latents(content)
+        return n if latents is None else min(n, latents)
+
+    def mark(self, hits: Sequence[SearchHit], budget: Budget | None = None) -> list[Marked]:
+        """Decide how each hit is read, and give those that are read as memory their reference.
+
+        Args:
+            hits: Best first.
+            budget: What is beyond its limits is left out. None: every hit is read, in the way of the reader's own
+                budget.
+        Returns:
+            What is read, best first.
+        Raises:
+            ConfigError: If not even the best hit fits the budget's ``tokens``.
+        """
+        if budget is None:
+            budget = replace(self.budget, k_memory=max(1, len(hits) - self.budget.k_raw), tokens=None)
+        plan = self.plan(hits, budget)
+        marked = [Marked(hit, "", 0) for hit in plan.raw]
+        for hit, latents in zip(plan.compressed, plan.latents, strict=True):
+            size = self._size(hit.passage.content, latents)
+            marked.append(Marked(hit, make_ref(hit.passage.content, self.compressor.fingerprint, size), size))
+        if self.index is not None:
+            self.prepare([one.hit.passage for one in marked if one.ref])
+        return marked
+
+    def write(self, passage: Passage, ref: str) -> str:
+        """A passage as it stands in a prompt: as a span where it has a reference, else as text."""
+        if not ref:
+            return self.template.raw_text(passage)
+        return self.template.memory + write_span(passage.content, ref)
+
+    # ------------------------------------------------------------------------------------------------------ memories
+
+    def prepare(self, passages: Sequence[Passage]) -> None:
+        """Have the memories of passages at hand: from the index, else encoded now, and kept in the index."""
+        missing = [passage for passage in passages if self._cache.get(passage.content) is None]
+        if not missing:
+            return
+        fingerprint = self.compressor.fingerprint
+        if self.index is not None:
+            # By passage, not by id: an index may hold another text under the same id.
+            known = self.index.get([p.id for p in missing])
+            same = [p for p in missing if p.id in known and known[p.id].content == p.content]
+            stored = self.index.memories([p.id for p in same], fingerprint)
+            for passage in same:
+                if passage.id in stored:
+                    self._cache.put(passage.content, torch.from_numpy(stored[passage.id]))
+        made = self._encode([p.content for p in missing])
+        if made and self.index is not None and not self.index.read_only:
+            kept = {p: made[p.content].numpy() for p in missing if p.content in made}
+            self.index.put_memories(kept, fingerprint)
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode what is not at hand, float16 ``[n, d]``, and keep it at hand."""
+        missing = [text for text in dict.fromkeys(texts) if self._cache.get(text) is None]
+        if not missing:
+            return {}
+        memories = self.compressor.encode(missing)
+        made = {text: memory.latents.to(torch.float16) for text, memory in zip(missing, memories, strict=True)}
+        for text, latents in made.items():
+            self._cache.put(text, latents)
+        return made
+
+    def _memories(self, spans: Sequence[Span]) -> dict[Span, VisualMemory]:
+        texts = [span.text for span in spans]
+        held = {text: latents for text in texts if (latents := self._cache.get(text)) is not None}
+        held |= self._encode([text for text in texts if text not in held])
+        return {span: self.compressor.memory(held[span.text].float()).coarsen(span.size) for span in spans}
+
+    # ----------------------------------------------------------------------------------------------------- answering
+
+    def reply(
+        self,
+        messages: str | Sequence[Said],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Reply:
+        """Answer a conversation.
+
+        Args:
+            messages: What was said, spans included; a string is one message of the user.
+            max_new_tokens: Upper limit of the answer; None: the reader's own.
+            stop: The answer ends before any of these strings; None: the reader's own.
+            sampling: None: the most likely tokens.
+        Raises:
+            InputError: If there is nothing to read, it does not fit the generator's context, or its chat template
+                refuses the messages.
+            ConfigError: If a number is out of range.
+            IncompatibleMemoryError: If the generator's fusion was trained for another compressor.
+        """
+        return self.submit(messages, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling).result()
+
+    async def areply(
+        self,
+        messages: str | Sequence[Said],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Reply:
+        """As :meth:`reply`; the event loop is free meanwhile."""
+        future = self.submit(messages, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+        return await asyncio.wrap_future(future)
+
+    def submit(
+        self,
+        messages: str | Sequence[Said],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Future[Reply]:
+        """As :meth:`reply`, without waiting."""
+        asked = self._asked(messages, max_new_tokens, stop, sampling)
+        # What is sampled is alone in its pass, so that a seed gives the same answer in whatever company.
+        key = object() if asked.sampling.temperature else (asked.max_new_tokens, asked.stop)
+        return self._batcher.submit(asked, key)
+
+    def stream_reply(
+        self,
+        messages: str | Sequence[Said],
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+    ) -> ReplyStream:
+        """As :meth:`reply`, piece by piece; a pass of its own. The stream is an iterator, also an asynchronous one."""
+        return ReplyStream(self, self._asked(messages, max_new_tokens, stop, sampling))
+
+    def _asked(
+        self,
+        messages: str | Sequence[Said],
+        max_new_tokens: int | None,
+        stop: Sequence[str] | None,
+        sampling: Sampling | None,
+    ) -> _Asked:
+        said = [Said("user", messages)] if isinstance(messages, str) else messages
+        fingerprint = self.compressor.fingerprint
+        return _Asked(
+            tuple((role, tuple(read_spans(text, fingerprint))) for role, text in said),
+            self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            self.stop if stop is None else tuple(stop),
+            sampling or Sampling(),
+        )
+
+    def _serve(self, requests: Sequence[_Asked]) -> list[Reply]:
+        prompts, first = self._prompts(requests), requests[0]
+        generations = self.generator.generate(prompts, batch_size=len(prompts), **first.arguments())
+        return [self._reply(*one) for one in zip(requests, generations, strict=True)]
+
+    def _prompts(self, requests: Sequence[_Asked]) -> list[Prompt]:
+        memories = self._memories([span for asked in requests for span in asked.spans])
+
+        def segment(part: str | Span) -> TextSegment | MemorySegment:
+            return MemorySegment(memories[part]) if isinstance(part, Span) else TextSegment(part)
+
+        return [
+            self.generator.converse([Message(role, tuple(map(segment, parts))) for role, parts in asked.messages])
+            for asked in requests
+        ]
+
+    def _reply(self, asked: _Asked, generation: Generation) -> Reply:
+        origin = sum(self.generator.count_tokens(span.text) for span in asked.spans)
+        taken = sum(span.size + self.generator.fusion.boundary_tokens for span in asked.spans)
+        usage = Usage(origin, taken, generation.prompt_tokens, generation.completion_tokens)
+        texts = [part if isinstance(part, str) else part.text for _, parts in asked.messages for part in parts]
+        # The passages first, and of these the best, which stands last.
+        sources = [span.text for span in reversed(asked.spans)] + texts
+        return Reply(as_written(generation.text, sources), usage)
+
+
+class ReplyStream:
+    """The pieces of a reply, as an iterator; after the last piece, ``reply`` is the whole."""
+
+    def __init__(self, reader: VistReader, asked: _Asked) -> None:
+        self.reply: Reply | None = None
+        self._reader, self._asked = reader, asked
+
+    def __iter__(self) -> Generator[str, None, None]:
+        reader, asked = self._reader, self._asked
+        (prompt,) = reader._prompts([asked])
+        generation = yield from reader.generator.stream(prompt, **asked.arguments())
+        self.reply = reader._reply(asked, generation)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        left = threading.Event()
+
+        def give(item: Any) -> None:
+            if not left.is_set():
+                loop.call_soon_threadsafe(pieces.put_nowait, item)
+
+        def run() -> None:
+            source = iter(self)
+            try:
+                for piece in source:
+                    if left.is_set():
+                        break
+                    give(piece)
+                give(_END)
+            except BaseException as error:
+                give(error)
+            finally:
+                source.close()
+
+        threading.Thread(target=run, name="vist-stream").start()
+        try:
+            while (piece := await pieces.get()) is not _END:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left.set()
+
+
+class _Cache:
+    """Latents by text, the least recently read leaving first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ConfigError(f"cache_bytes must be 0 or more, got {max_bytes}.")
+        self._max, self._bytes = max_bytes, 0
+        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, text: str) -> Tensor | None:
+        key = _digest(text)
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def put(self, text: str, latents: Tensor) -> None:
+        key, size = _digest(text), latents.numel() * latents.element_size()
+        with self._lock:
+            if (old := self._held.pop(key, None)) is not None:
+                self._bytes -= old.numel() * old.element_size()
+            self._held[key] = latents
+            self._bytes += size
+            while self._bytes > self._max:
+                _, gone = self._held.popitem(last=False)
+                self._bytes -= gone.numel() * gone.element_size()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+def as_written(answer: str, sources: Sequence[str]) -> str:
+    """An answer of an uncased generator as the first source that has its words writes it; another one as it is."""
+    if answer != answer.lower():
+        return answer
+    found = ((source, find_span(answer, source)) for source in sources)
+    return next((source[span[0] : span[1]] for source, span in found if span), answer)
+
+
+def find_span(answer: str, text: str) -> tuple[int, int] | None:
+    """Where the words of an answer stand in a text, whatever case, accents and punctuation they are written with."""
+    words = re.findall(r"\w+", _fold(answer)[0])
+    if not words:
+        return None
+    folded, places = _fold(text)
+    match = re.search(r"(?<!\w)" + r"[\W_]*".join(map(re.escape, words)) + r"(?!\w)", folded)
+    if match is None:
+        return None
+    start, end = places[match.start()], places[match.end() - 1] + 1
+    while end < len(text) and unicodedata.combining(text[end]):
+        end += 1  # an accent that stands by itself belongs to the letter before it
+    return start, end
+
+
+def _fold(text: str) -> tuple[str, list[int]]:
+    """Lower case without accents, and where in ``text`` each character came from."""
+    folded, places = [], []
+    for i, character in enumerate(text):
+        for part in unicodedata.normalize("NFD", character.lower()):
+            if not unicodedata.combining(part):
+                folded.append(part)
+                places.append(i)
+    return "".join(folded), places
