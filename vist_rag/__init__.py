@@ -22,11 +22,11 @@ if TYPE_CHECKING:
         StoreError,
         VistError,
     )
-    from vist_rag.generation import Prompt, Sampling, VistGenerator, strip_spans
+    from vist_rag.generation import Prompt, PromptTemplate, Sampling, VistGenerator, strip_spans, write_span
     from vist_rag.pipeline import VistRAG
     from vist_rag.reader import Marked, Reply, Said, VistReader
     from vist_rag.rendering import Renderer
-    from vist_rag.retrieval import Embedder, GivenVectors, PassageIndex
+    from vist_rag.retrieval import Embedder, GivenVectors, PassageIndex, SentenceTransformerEmbedder
     from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
 
     __version__: str
@@ -46,12 +46,14 @@ __all__ = [
     "Passage",
     "PassageIndex",
     "Prompt",
+    "PromptTemplate",
     "Renderer",
     "RendererConfig",
     "Reply",
     "Said",
     "Sampling",
     "SearchHit",
+    "SentenceTransformerEmbedder",
     "ShapeError",
     "StoreError",
     "Usage",
@@ -63,6 +65,7 @@ __all__ = [
     "VisualMemory",
     "__version__",
     "strip_spans",
+    "write_span",
 ]
 
 _ROOM_OF = {
@@ -80,12 +83,14 @@ _ROOM_OF = {
     "Passage": "types",
     "PassageIndex": "retrieval",
     "Prompt": "generation",
+    "PromptTemplate": "generation",
     "Renderer": "rendering",
     "RendererConfig": "config",
     "Reply": "reader",
     "Said": "reader",
     "Sampling": "generation",
     "SearchHit": "types",
+    "SentenceTransformerEmbedder": "retrieval",
     "ShapeError": "errors",
     "StoreError": "errors",
     "Usage": "types",
@@ -96,6 +101,7 @@ _ROOM_OF = {
     "VistReader": "reader",
     "VisualMemory": "compression",
     "strip_spans": "generation",
+    "write_span": "generation",
 }
 
 

@@ -214,13 +214,16 @@ class VistReader:
         n: int = self.compressor.count_latents(content)
         return n if latents is None else min(n, latents)
 
-    def mark(self, hits: Sequence[SearchHit], budget: Budget | None = None) -> list[Marked]:
+    def mark(
+        self, hits: Sequence[SearchHit], budget: Budget | None = None, *, index: PassageIndex | None = None
+    ) -> list[Marked]:
         """Decide how each hit is read, and give those that are read as memory their reference.
 
         Args:
             hits: Best first.
             budget: What is beyond its limits is left out. None: every hit is read, in the way of the reader's own
                 budget.
+            index: Where their memories may be stored; None: the reader's own.
         Returns:
             What is read, best first.
         Raises:
@@ -233,8 +236,8 @@ class VistReader:
         for hit, latents in zip(plan.compressed, plan.latents, strict=True):
             size = self._size(hit.passage.content, latents)
             marked.append(Marked(hit, make_ref(hit.passage.content, self.compressor.fingerprint, size), size))
-        if self.index is not None:
-            self.prepare([one.hit.passage for one in marked if one.ref])
+        if (index or self.index) is not None:  # else they are made when they are read, many at a time
+            self.prepare([one.hit.passage for one in marked if one.ref], index=index)
         return marked
 
     def write(self, passage: Passage, ref: str) -> str:
@@ -245,41 +248,50 @@ class VistReader:
 
     # ------------------------------------------------------------------------------------------------------ memories
 
-    def prepare(self, passages: Sequence[Passage]) -> None:
-        """Have the memories of passages at hand: from the index, else encoded now, and kept in the index."""
-        missing = [passage for passage in passages if self._cache.get(passage.content) is None]
-        if not missing:
-            return
-        fingerprint = self.compressor.fingerprint
-        if self.index is not None:
-            # By passage, not by id: an index may hold another text under the same id.
-            known = self.index.get([p.id for p in missing])
+    def prepare(self, passages: Sequence[Passage], *, index: PassageIndex | None = None) -> None:
+        """Have the memories of passages at hand: from an index, else encoded now, and kept in the index.
+
+        Args:
+            passages: What will be read.
+            index: Where their memories may be stored; None: the reader's own.
+        """
+        missing = [passage for passage in passages if self._held(passage.content) is None]
+        index, fingerprint = index or self.index, self.compressor.fingerprint
+        if index is not None and missing:
+            known = index.get([p.id for p in missing])  # an index may hold another text under the same id
             same = [p for p in missing if p.id in known and known[p.id].content == p.content]
-            stored = self.index.memories([p.id for p in same], fingerprint)
+            stored = index.memories([p.id for p in same], fingerprint)
             for passage in same:
                 if passage.id in stored:
-                    self._cache.put(passage.content, torch.from_numpy(stored[passage.id]))
+                    self._cache.put(self._key(passage.content), torch.from_numpy(stored[passage.id]))
         made = self._encode([p.content for p in missing])
-        if made and self.index is not None and not self.index.read_only:
-            kept = {p: made[p.content].numpy() for p in missing if p.content in made}
-            self.index.put_memories(kept, fingerprint)
+        if made and index is not None and not index.read_only:
+            # By passage: kept only where the index has this very text.
+            index.put_memories({p: made[p.content].numpy() for p in missing if p.content in made}, fingerprint)
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Encode what is not at hand, float16 ``[n, d]``, and keep it at hand."""
-        missing = [text for text in dict.fromkeys(texts) if self._cache.get(text) is None]
+        missing = [text for text in dict.fromkeys(texts) if self._held(text) is None]
         if not missing:
             return {}
         memories = self.compressor.encode(missing)
         made = {text: memory.latents.to(torch.float16) for text, memory in zip(missing, memories, strict=True)}
         for text, latents in made.items():
-            self._cache.put(text, latents)
+            self._cache.put(self._key(text), latents)
         return made
 
     def _memories(self, spans: Sequence[Span]) -> dict[Span, VisualMemory]:
         texts = [span.text for span in spans]
-        held = {text: latents for text in texts if (latents := self._cache.get(text)) is not None}
+        held = {text: latents for text in texts if (latents := self._held(text)) is not None}
         held |= self._encode([text for text in texts if text not in held])
         return {span: self.compressor.memory(held[span.text].float()).coarsen(span.size) for span in spans}
+
+    def _held(self, text: str) -> Tensor | None:
+        return self._cache.get(self._key(text))
+
+    def _key(self, text: str) -> bytes:
+        content = f"{self.compressor.fingerprint}\x00{text}".encode("utf-8", "surrogatepass")
+        return hashlib.sha256(content).digest()
 
     # ----------------------------------------------------------------------------------------------------- answering
 
@@ -430,7 +442,7 @@ class ReplyStream:
 
 
 class _Cache:
-    """Latents by text, the least recently read leaving first."""
+    """Latents, the least recently read leaving first."""
 
     def __init__(self, max_bytes: int) -> None:
         if max_bytes < 0:
@@ -439,15 +451,14 @@ class _Cache:
         self._held: OrderedDict[bytes, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, text: str) -> Tensor | None:
-        key = _digest(text)
+    def get(self, key: bytes) -> Tensor | None:
         with self._lock:
             if key in self._held:
                 self._held.move_to_end(key)
             return self._held.get(key)
 
-    def put(self, text: str, latents: Tensor) -> None:
-        key, size = _digest(text), latents.numel() * latents.element_size()
+    def put(self, key: bytes, latents: Tensor) -> None:
+        size = latents.numel() * latents.element_size()
         with self._lock:
             if (old := self._held.pop(key, None)) is not None:
                 self._bytes -= old.numel() * old.element_size()
@@ -456,10 +467,6 @@ class _Cache:
             while self._bytes > self._max:
                 _, gone = self._held.popitem(last=False)
                 self._bytes -= gone.numel() * gone.element_size()
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def as_written(answer: str, sources: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, NamedTuple, TypeVar
 
 from vist_rag.errors import ConfigError
@@ -24,8 +24,8 @@ class _Waiting(NamedTuple, Generic[Asked, Served]):
 class MicroBatcher(Generic[Asked, Served]):
     """Collects requests of any threads and event loops, and serves those that wait in one call.
 
-    While one batch is served the next one gathers, so that nothing waits for company. A thread lives only as long as
-    there is work. Where a batch fails its requests are served one by one, so that each fails for itself alone.
+    While one batch is served the next one gathers, so that nothing waits for company. Where a batch fails its requests
+    are served one by one, so that each fails for itself alone.
 
     Args:
         serve: Answers a list of requests, in order.
@@ -48,6 +48,8 @@ class MicroBatcher(Generic[Asked, Served]):
         self._lock = threading.Lock()
         self._waiting: deque[_Waiting[Asked, Served]] = deque()
         self._working = False
+        # One thread that stays: torch sets up its own threads anew for each thread that calls it.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vist-batcher")
 
     def submit(self, request: Asked, key: Hashable = None) -> Future[Served]:
         """Ask; requests of equal keys may share a call. Cancelling the future withdraws a request that still waits."""
@@ -56,7 +58,7 @@ class MicroBatcher(Generic[Asked, Served]):
             self._waiting.append(_Waiting(key, request, future))
             if not self._working:
                 self._working = True
-                threading.Thread(target=self._work, name="vist-batcher").start()
+                self._worker.submit(self._work)
         return future
 
     def _work(self) -> None:

@@ -1,0 +1,51 @@
+"""VistRetriever: a vist-rag index as a LangChain retriever."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from pydantic import ConfigDict, Field, PrivateAttr
+
+from langchain_vist.compressor import VistDocumentCompressor
+from langchain_vist.documents import plain, to_document
+from vist_rag import Budget, PassageIndex
+
+
+class VistRetriever(BaseRetriever):
+    """Searches an index that ``vist-rag index`` or ``PassageIndex.add`` made; ``score`` in the metadata is the cosine.
+
+    With ``llm`` the documents are ready to be read as memory, stored memories included; without it they are text.
+    """
+
+    index: PassageIndex
+    k: int = Field(default=4, ge=1)
+    """How many documents, up to the size of the index; ``invoke(query, k=3)`` for one call."""
+    llm: Any = None
+    """The model that will read, as of ``VistDocumentCompressor``."""
+    budget: Budget | None = None
+    best_last: bool = False
+
+    _compressor: VistDocumentCompressor | None = PrivateAttr(default=None)
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    def model_post_init(self, context: Any) -> None:
+        """Make the compressor that marks what is found."""
+        super().model_post_init(context)
+        if self.llm is not None:
+            self._compressor = VistDocumentCompressor(
+                llm=self.llm, budget=self.budget, index=self.index, best_last=self.best_last
+            )
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **_: Any
+    ) -> list[Document]:
+        k = min(self.k if k is None else k, len(self.index))
+        hits = self.index.search(query, k) if len(self.index) else []
+        documents = [to_document(hit.passage, score=hit.score) for hit in hits]
+        if self._compressor is None:
+            return [plain(document) for document in documents]
+        return self._compressor.compress_documents(documents)
