@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, cast, Self
+from typing import Any, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams
@@ -24,7 +24,7 @@ from langchain_core.runnables import RunnableBinding, RunnableSequence, Runnable
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from vist_rag import InputError, Reply, Said, Sampling, VistReader
+from vist_rag import ConfigError, InputError, Reply, Said, Sampling, VistReader
 
 
 class ChatVist(BaseChatModel):
@@ -80,10 +80,16 @@ class ChatVist(BaseChatModel):
         with self._lock:
             if self._reader is None:
                 self._reader = VistReader.from_pretrained(self.checkpoint, device=self.device)
-            return cast(VistReader, self._reader)
+            return self._reader
 
     async def _areader(self) -> VistReader:
-        return self._reader or await run_in_executor(None, lambda: self.reader)
+        if self._reader is not None:
+            return self._reader
+        return await run_in_executor(None, lambda: self.reader)
+
+    @property
+    def _name(self) -> str:
+        return self.checkpoint or "vist-rag/embedded"
 
     @property
     def _llm_type(self) -> str:
@@ -96,7 +102,7 @@ class ChatVist(BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = LangSmithParams(
             ls_provider="vist-rag",
-            ls_model_name=self.checkpoint or "embedded",
+            ls_model_name=kwargs.get("model") or self._name,
             ls_model_type="chat",
             ls_temperature=kwargs.get("temperature", self.temperature),
         )
@@ -110,6 +116,8 @@ class ChatVist(BaseChatModel):
         return {name: kwargs.get(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed")}
 
     def _asked(self, stop: list[str] | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if (model := kwargs.get("model", self.checkpoint)) != self.checkpoint:
+            raise ConfigError(f"model cannot change from call to call, got {model!r}; make another ChatVist for it.")
         return {
             "max_new_tokens": kwargs.get("max_tokens", self.max_tokens),
             "stop": stop or self.stop or None,
@@ -123,7 +131,7 @@ class ChatVist(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return _result(self.reader.reply(said(messages), **self._asked(stop, kwargs)))
+        return self._result(self.reader.reply(said(messages), **self._asked(stop, kwargs)))
 
     async def _agenerate(
         self,
@@ -133,7 +141,7 @@ class ChatVist(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         reader = await self._areader()
-        return _result(await reader.areply(said(messages), **self._asked(stop, kwargs)))
+        return self._result(await reader.areply(said(messages), **self._asked(stop, kwargs)))
 
     def _stream(
         self,
@@ -148,7 +156,7 @@ class ChatVist(BaseChatModel):
             if run_manager:
                 run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
-        yield _last(stream.reply)
+        yield self._last(stream.reply)
 
     async def _astream(
         self,
@@ -164,7 +172,15 @@ class ChatVist(BaseChatModel):
             if run_manager:
                 await run_manager.on_llm_new_token(piece, chunk=chunk)
             yield chunk
-        yield _last(stream.reply)
+        yield self._last(stream.reply)
+
+    def _result(self, reply: Reply) -> ChatResult:
+        message = AIMessage(content=reply.text, **_metadata(reply, self._name))
+        return ChatResult(generations=[ChatGeneration(message=message)])
+
+    def _last(self, reply: Reply | None) -> ChatGenerationChunk:
+        metadata = {} if reply is None else _metadata(reply, self._name)
+        return ChatGenerationChunk(message=AIMessageChunk(content="", chunk_position="last", **metadata))
 
 
 def find_reader(llm: Any) -> VistReader | None:
@@ -222,7 +238,7 @@ def _text(message: BaseMessage) -> str:
     return str(message.text)
 
 
-def _metadata(reply: Reply) -> dict[str, Any]:
+def _metadata(reply: Reply, model_name: str) -> dict[str, Any]:
     usage = reply.usage
     tokens = UsageMetadata(
         input_tokens=usage.prompt_tokens,
@@ -239,13 +255,7 @@ def _metadata(reply: Reply) -> dict[str, Any]:
         "compressed_tokens": usage.compressed_tokens,
         "ratio": usage.ratio,
     }
-    return {"usage_metadata": tokens, "response_metadata": {"model_provider": "vist-rag", **saved}}
-
-
-def _result(reply: Reply) -> ChatResult:
-    return ChatResult(generations=[ChatGeneration(message=AIMessage(content=reply.text, **_metadata(reply)))])
-
-
-def _last(reply: Reply | None) -> ChatGenerationChunk:
-    metadata = {} if reply is None else _metadata(reply)
-    return ChatGenerationChunk(message=AIMessageChunk(content="", chunk_position="last", **metadata))
+    return {
+        "usage_metadata": tokens,
+        "response_metadata": {"model_provider": "vist-rag", "model_name": model_name, **saved},
+    }

@@ -64,7 +64,8 @@ def read_spans(text: str, fingerprint: str) -> list[str | Span]:
     A span is honoured only if its reference is the hash of that very text under that fingerprint. Everything else is
     text, without the markers.
     """
-    return [part if isinstance(part, Span) else strip_spans(part) for part in _parts(text, fingerprint) if part]
+    parts = (part if isinstance(part, Span) else strip_spans(part) for part in _parts(text, fingerprint))
+    return [part for part in parts if part]
 
 
 def strip_spans(text: str) -> str:
