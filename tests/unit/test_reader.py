@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ def test_what_is_read_raw_has_no_reference(reader: VistReader) -> None:
 
 def test_a_forged_span_is_read_as_its_text(reader: VistReader) -> None:
     good = prompt_of(reader, HITS[:1])
-    forged = good.replace(".8|", ".7|")
+    forged = good.replace(".6|", ".5|")
     assert forged != good
     plain = reader.template.memory + PASSAGES[0].content + good.rpartition("<|/vist|>")[2]
     assert reader.reply(forged).usage == reader.reply(plain).usage
@@ -236,7 +237,6 @@ def test_stop_and_limit_are_of_the_call(reader: VistReader) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda reader: reader.reply(""), InputError, "ask something|must hold something"),
         (lambda reader: reader.reply([]), InputError, "one or more"),
         (lambda reader: reader.reply("the", max_new_tokens=0), ConfigError, "max_new_tokens"),
         (lambda reader: reader.reply("the", stop=[""]), ConfigError, "stop"),
@@ -244,19 +244,14 @@ def test_stop_and_limit_are_of_the_call(reader: VistReader) -> None:
     ],
 )
 def test_bad_input_is_told(reader: VistReader, call: Any, error: type[Exception], match: str) -> None:
-    if isinstance(error, type) and match.startswith("ask"):
-        reader.generator.frame  # noqa: B018 - the tiny tokenizer frames an empty prompt: nothing is refused there
-        pytest.skip("an empty prompt has a frame here")
     with pytest.raises(error, match=match):
         call(reader)
 
 
 def test_a_memory_of_another_compressor_is_refused() -> None:
-    fusion_of_another = causal_generator("llama")
-    fusion_of_another.fusion.config = fusion_of_another.fusion.config.__class__(
-        **{**vars(fusion_of_another.fusion.config), "fingerprint": "f" * 64}
-    )
-    reader = VistReader(tiny_compressor(), fusion_of_another, max_new_tokens=2)
+    generator = causal_generator("llama")
+    generator.fusion.config = replace(generator.fusion.config, fingerprint="f" * 64)
+    reader = VistReader(tiny_compressor(), generator, max_new_tokens=2)
     with pytest.raises(IncompatibleMemoryError):
         reader.reply(prompt_of(reader, HITS[:1]))
 
@@ -266,7 +261,7 @@ def test_from_pretrained_is_the_checkpoint(tmp_path: Path) -> None:
     assert reader.budget == Budget(k_raw=0, k_memory=2, latents=16)
     assert reader.max_new_tokens == 6
     assert reader.reply(prompt_of(reader, HITS[:1])).usage.compressed_tokens > 0
-    with pytest.raises(CheckpointError, match="must hold vist.json"):
+    with pytest.raises(CheckpointError, match=r"must hold vist\.json"):
         VistReader.from_pretrained(tmp_path / "compressor")
 
 
@@ -332,7 +327,8 @@ def test_memory_stands_in_its_message() -> None:
 
 
 STRICT = (
-    "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
+    "{% for m in messages %}"
+    "{% if m.role not in ('user', 'assistant') %}{{ raise_exception('no ' + m.role) }}{% endif %}"
     "[{{ m.role }}]{{ m.content }}{% endfor %}[go]"
 )
 
