@@ -20,7 +20,8 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from langchain_core.runnables import RunnableBinding, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
@@ -189,7 +190,7 @@ def find_reader(llm: Any) -> VistReader | None:
         return llm
     if isinstance(llm, ChatVist):
         return llm.reader
-    if isinstance(llm, RunnableBinding):
+    if isinstance(llm, RunnableBindingBase):
         return find_reader(llm.bound)
     if isinstance(llm, RunnableSequence):  # model | parser
         return find_reader(llm.first)

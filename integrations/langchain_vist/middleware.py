@@ -77,7 +77,15 @@ class VistContextMiddleware(AgentMiddleware[Any, Any]):
 
 
 def _read(message: AnyMessage, compressor: VistDocumentCompressor) -> AnyMessage:
-    found = message.artifact if isinstance(message, ToolMessage) else None
-    if not isinstance(found, list) or not found or not all(isinstance(one, Document) for one in found):
+    documents = _documents(message.artifact) if isinstance(message, ToolMessage) else []
+    if not documents:
         return message
-    return message.model_copy(update={"content": context(compressor.compress_documents(found))})
+    return message.model_copy(update={"content": context(compressor.compress_documents(documents))})
+
+
+def _documents(artifact: Any) -> list[Document]:
+    """The documents of an artifact; none where it is something else. A checkpoint brings them back as dicts."""
+    found = artifact if isinstance(artifact, list) else []
+    if not all(isinstance(one, Document) or (isinstance(one, dict) and "page_content" in one) for one in found):
+        return []
+    return [one if isinstance(one, Document) else Document.model_validate(one) for one in found]

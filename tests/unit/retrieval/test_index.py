@@ -21,7 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
-from vist_rag.retrieval.embedder import DEFAULT_MODEL, SentenceTransformerEmbedder
+from vist_rag.retrieval.embedder import DEFAULT_MODEL, GivenVectors, SentenceTransformerEmbedder
 from vist_rag.retrieval.index import MAX_QUESTION_CHARS, PassageIndex
 from vist_rag.types import Passage
 
@@ -584,3 +584,92 @@ def test_the_default_embedder_finds_by_meaning(tmp_path: Path) -> None:
     with PassageIndex.open(tmp_path / "index", read_only=True) as index:
         assert index.search("What are the ingredients for baking a loaf?", 1)[0].passage.text == texts[1]
         assert index.search("Which law was adopted?", 1)[0].passage.text == texts[2]
+
+
+# ----------------------------------------------------------------------------------------------- vectors from elsewhere
+
+
+def given(
+    tmp_path: Path, n: int = 40, d: int = 6, factory: str = "Flat"
+) -> tuple[PassageIndex, np.ndarray, list[Passage]]:
+    vectors = np.random.default_rng(0).normal(size=(n, d)).astype(np.float32)
+    passages = [Passage(f"Passage {i}.", id=str(i), metadata={"even": i % 2 == 0, "i": i}) for i in range(n)]
+    index = PassageIndex.open(tmp_path / "given", embedder=GivenVectors("elsewhere"), index_factory=factory)
+    assert index.add(passages, vectors=vectors) == n
+    return index, vectors / np.linalg.norm(vectors, axis=1, keepdims=True), passages
+
+
+def test_given_vectors_are_searched_as_brute_force_does(tmp_path: Path) -> None:
+    index, vectors, _ = given(tmp_path)
+    queries = np.random.default_rng(1).normal(size=(3, 6))
+    with index:
+        found = index.search_vectors(queries, 5)
+        for query, hits in zip(queries, found, strict=True):
+            cosines = vectors @ (query / np.linalg.norm(query))
+            assert [int(hit.passage.id) for hit in hits] == np.argsort(-cosines)[:5].tolist()
+            assert [hit.score for hit in hits] == pytest.approx(sorted(cosines, reverse=True)[:5], abs=1e-5)
+            assert [hit.rank for hit in hits] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16"])
+def test_the_best_that_pass_a_condition_are_found_however_far_down(tmp_path: Path, factory: str) -> None:
+    index, vectors, _ = given(tmp_path, factory=factory)
+    query = vectors[0]
+    order = np.argsort(-(vectors @ query))
+    last = set(order[-3:].tolist())
+    with index:
+        (far,) = index.search_vectors([query], 2, where=lambda passage: int(passage.id) in last)
+        assert [int(hit.passage.id) for hit in far] == [i for i in order.tolist() if i in last][:2]
+        (even,) = index.search_vectors([query], 5, where=lambda passage: passage.metadata["even"])
+        assert [int(hit.passage.id) for hit in even] == [i for i in order.tolist() if i % 2 == 0][:5]
+        assert index.search_vectors([query], 5, where=lambda passage: False) == [[]]
+
+
+def test_vectors_come_back_by_id_and_survive_reopening(tmp_path: Path) -> None:
+    index, vectors, _ = given(tmp_path)
+    index.close()
+    with PassageIndex.open(tmp_path / "given", embedder=GivenVectors("elsewhere")) as again:
+        back = again.vectors(["7", "nobody", "3"])
+        assert list(back) == ["7", "3"]
+        np.testing.assert_allclose(back["7"], vectors[7], atol=1e-6)
+
+
+def test_an_index_of_given_vectors_embeds_no_text(tmp_path: Path) -> None:
+    index, _, _ = given(tmp_path)
+    with index:
+        for call in (lambda: index.add([Passage("new")]), lambda: index.search("new", 1)):
+            with pytest.raises(InputError, match=r"must be given them, got text; pass vectors= to add"):
+                call()
+        assert len(index) == 40
+
+
+@pytest.mark.parametrize(
+    ("vectors", "error", "match"),
+    [
+        ([[1.0, 2.0]], InputError, "one vector"),
+        ([[1.0] * 6] * 3, InputError, "one vector"),
+        ([[1.0] * 5] * 2, ShapeError, "length 6"),
+        ([[1.0] * 6, [1.0] * 5], ShapeError, "vectors"),
+        ([[float("nan")] * 6] * 2, ShapeError, "finite"),
+    ],
+)
+def test_wrong_vectors_are_refused_and_nothing_is_added(
+    tmp_path: Path, vectors: Any, error: type[Exception], match: str
+) -> None:
+    index, _, _ = given(tmp_path)
+    with index:
+        with pytest.raises(error, match=match):
+            index.add([Passage("a", id="a"), Passage("b", id="b")], vectors=vectors)
+        assert len(index) == 40
+        with pytest.raises(ShapeError):
+            index.search_vectors([[1.0] * 5], 1)
+
+
+def test_vectors_and_memories_are_kept_together(tmp_path: Path) -> None:
+    with PassageIndex.open(tmp_path / "given", embedder=GivenVectors("elsewhere")) as index:
+        memory = np.ones((2, 4), np.float32)
+        index.add(
+            [Passage("a", id="a"), Passage("b", id="b")], [memory, None], vectors=[[1.0, 0], [0, 1.0]], fingerprint="f"
+        )
+        assert list(index.memories(["a", "b"], "f")) == ["a"]
+        assert index.vectors(["b"])["b"].tolist() == [0, 1]
