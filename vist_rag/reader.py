@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from vist_rag.batching import MicroBatcher
 from vist_rag.budget import Budget, Plan
 from vist_rag.checkpoint import SETTINGS_FILE, find_checkpoint, load_compressor, read_settings
 from vist_rag.compression import PassageCompressor, VisualMemory
@@ -30,7 +31,6 @@ from vist_rag.generation import (
     Generation,
     MemorySegment,
     Message,
-    MicroBatcher,
     Prompt,
     PromptTemplate,
     Sampling,
@@ -108,7 +108,7 @@ class _Asked(NamedTuple):
 class VistReader:
     """Reads conversations whose passages come as text or as memory, and answers.
 
-    Thread-safe. Calls that come at the same time share a forward pass (:class:`~vist_rag.generation.MicroBatcher`).
+    Thread-safe. Calls that come at the same time share a forward pass (:class:`~vist_rag.batching.MicroBatcher`).
 
     Args:
         compressor: Makes the memories that are not at hand.
@@ -119,7 +119,7 @@ class VistReader:
         max_new_tokens: Upper limit of an answer.
         stop: An answer ends before any of these strings.
         max_batch_size: Calls in one forward pass.
-        max_wait_ms: How long the first call of an idle reader waits for others.
+        max_wait_ms: How long an idle reader waits for company of its first call, and of each that comes meanwhile.
         cache_bytes: Memories at hand; those that were read longest ago go first.
     Raises:
         ConfigError: If a number is out of range.

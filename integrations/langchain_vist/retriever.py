@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
+from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from langchain_vist.compressor import VistDocumentCompressor
 from langchain_vist.documents import plain, to_document
-from vist_rag import Budget, PassageIndex
+from vist_rag import Budget, PassageIndex, SearchHit
 
 
 class VistRetriever(BaseRetriever):
@@ -43,8 +45,20 @@ class VistRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **_: Any
     ) -> list[Document]:
-        k = min(self.k if k is None else k, len(self.index))
-        hits = self.index.search(query, k) if len(self.index) else []
+        k = self._top_k(k)
+        return self._documents(self.index.search(query, k) if k else [])
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **_: Any
+    ) -> list[Document]:
+        k = self._top_k(k)
+        hits = await self.index.asearch(query, k) if k else []
+        return await run_in_executor(None, self._documents, hits)
+
+    def _top_k(self, k: int | None) -> int:
+        return min(self.k if k is None else k, len(self.index))
+
+    def _documents(self, hits: Sequence[SearchHit]) -> list[Document]:
         documents = [to_document(hit.passage, score=hit.score) for hit in hits]
         if self._compressor is None:
             return [plain(document) for document in documents]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -590,3 +591,24 @@ def test_passages_of_the_command_line_are_documents(tmp_path: Path) -> None:
         "source": "sea.txt",
         "page": 3,
     }
+
+
+def test_the_page_runs_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "langchain.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 6
+    names: dict[str, Any] = {}
+    printed = []
+    for block in blocks:
+        exec(compile(block, "langchain.md", "exec"), names)
+        printed.append(capsys.readouterr().out.split())
+    names["store"].index.close()
+    before, after, stored, classic, agent, fallback = printed
+    assert after[:2] == ["Edda", "Marsh"]
+    assert int(after[2]) < int(before[0])
+    assert float(after[3]) > 1
+    assert "'1867']" in after
+    assert stored == classic == agent == fallback == ["1867"]

@@ -1,7 +1,6 @@
 """Prompt -> answer: a causal LM that reads text and memory."""
 
 from vist_rag.generation import prefix_bert as _prefix_bert  # registers the embedded generator's architecture
-from vist_rag.generation.batching import MicroBatcher
 from vist_rag.generation.fusion import SoftPromptFusion
 from vist_rag.generation.generator import Generation, VistGenerator, best_device
 from vist_rag.generation.prompt import MemorySegment, Message, Prompt, PromptTemplate, TemplateSegment, TextSegment
@@ -12,7 +11,6 @@ __all__ = [
     "Generation",
     "MemorySegment",
     "Message",
-    "MicroBatcher",
     "Prompt",
     "PromptTemplate",
     "Sampling",

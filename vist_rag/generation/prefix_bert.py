@@ -6,6 +6,8 @@ only ever read in both directions. Mask and training follow UniLM's sequence-to-
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -55,6 +57,31 @@ def last_shown(ids: Tensor) -> Tensor:
     return F.pad(torch.where(ids >= 0, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
 
 
+class Once:
+    """A function of a tensor that is worked out once, until the tensor changes; anew each time where gradients flow.
+
+    Args:
+        work: The function.
+    """
+
+    def __init__(self, work: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._work = work
+        self._known: tuple[weakref.ref[Tensor], int, int, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """The value for this tensor."""
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            return self._work(tensor)
+        known, place, version = self._known, tensor.data_ptr(), tensor._version
+        if known is None or known[0]() is not tensor or known[1:3] != (place, version):
+            known = weakref.ref(tensor), place, version, self._work(tensor)
+            self._known = known  # whole, so that no other thread sees half of it
+        return known[3]
+
+    def __deepcopy__(self, memo: Any) -> Once:
+        return Once(self._work)
+
+
 class CopyAttention(nn.Module):
     """Points at where the next word stands in the prompt, or at the end of the answer.
 
@@ -79,6 +106,7 @@ class CopyAttention(nn.Module):
         self.key = nn.Linear(3 * width, width)
         self.end = nn.Parameter(torch.empty(width))
         self.go_on = nn.Parameter(torch.empty(()))
+        self.centred = Once(_centred)
 
     def forward(
         self,
@@ -113,8 +141,8 @@ class CopyAttention(nn.Module):
             slots of each position in turn, then the end of the answer.
         """
         count = mask.shape[1]
-        # Embeddings of one model share a direction that tells nothing. It and their lengths are worked out once.
-        centre, lengths = getattr(cache, "words", None) or _centred(words)
+        # Embeddings of one model share a direction that tells nothing.
+        centre, lengths = self.centred(words)
         queries = self.query(torch.cat((states[:, -count:], written), dim=-1))
         with torch.no_grad():
             # What is in the answer already is hardly the next word.
@@ -154,7 +182,7 @@ class CopyAttention(nn.Module):
             columns.append(pointed)
         weights = torch.stack(columns, 1)
         if cache is not None:
-            cache.words, cache.prompt_length = (centre, lengths), mask.shape[-1]
+            cache.prompt_length = mask.shape[-1]
             # How fresh each word still is, and where was pointed at last: a row each, which go where the answer goes.
             cache.layers[layer + 1] = DynamicLayer()
             cache.update(fresh[:, None, -1:], weights[:, None, -1:], layer + 1)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
+from vist_rag.batching import MicroBatcher
 from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
 from vist_rag.retrieval.database import is_writable
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, Embedder, SentenceTransformerEmbedder
@@ -245,6 +248,15 @@ class PassageIndex:
             ShapeError: If the embedder gives vectors of another length than those stored.
         """
         return self.search_batch([query], top_k)[0]
+
+    async def asearch(self, query: str, top_k: int) -> list[SearchHit]:
+        """As :meth:`search`; the event loop is free meanwhile, and searches at the same time share a pass."""
+        _check_query(query)  # a wrong one is told before it waits
+        return await asyncio.wrap_future(self._batcher.submit((query, top_k), key=top_k))
+
+    @cached_property
+    def _batcher(self) -> MicroBatcher[tuple[str, int], list[SearchHit]]:
+        return MicroBatcher(lambda asked: self.search_batch([query for query, _ in asked], asked[0][1]))
 
     def search_batch(self, queries: Sequence[str], top_k: int) -> list[list[SearchHit]]:
         """As :meth:`search` for several queries at once: one pass of the embedder, one of FAISS."""

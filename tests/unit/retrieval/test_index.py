@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -673,3 +674,24 @@ def test_vectors_and_memories_are_kept_together(tmp_path: Path) -> None:
         )
         assert list(index.memories(["a", "b"], "f")) == ["a"]
         assert index.vectors(["b"])["b"].tolist() == [0, 1]
+
+
+async def test_searches_at_the_same_time_share_a_pass(index: PassageIndex, embedder: Any) -> None:
+    index.add(passages(20))
+    queries = ["sea storm ship", "keeper light", "moon tide rope", "bell fog"] * 3
+    wanted = [index.search(query, 3) for query in queries]
+    calls: list[int] = []
+    encode = embedder.encode
+
+    def counting(texts: Sequence[str], **options: Any) -> Any:
+        calls.append(len(texts))
+        return encode(texts, **options)
+
+    embedder.encode = counting
+    assert await asyncio.gather(*(index.asearch(query, 3) for query in queries)) == wanted
+    assert sum(calls) == len(queries)
+    assert len(calls) <= 2
+    with pytest.raises(InputError, match="empty"):
+        await index.asearch(" ", 3)
+    with pytest.raises(ConfigError, match="top_k must be in"):
+        await index.asearch("sea", 300)

@@ -23,7 +23,7 @@ from vist_rag.compression import VisualMemory
 from vist_rag.compression.text import read_ids
 from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
-from vist_rag.generation.prefix_bert import ranks
+from vist_rag.generation.prefix_bert import Once, ranks
 from vist_rag.generation.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class SoftPromptFusion(nn.Module):
             else None
         )
         self.packer = Packer(config.generator_width, config.packer_width) if config.packer_width else None
+        self._centre_and_spread = Once(lambda words: (words.mean(0), words.std()))
 
     @classmethod
     def text_only(cls, generator_width: int) -> SoftPromptFusion:
@@ -198,11 +199,11 @@ class SoftPromptFusion(nn.Module):
             words: The generator's embeddings, float ``[v, d_llm]``.
         """
         if self.speller is not None or self.config.tokens:
-            there = shown >= 0
-            named = (words[shown.clamp(min=0)] - words.mean(0)) * there[..., None]
+            there, (centre, spread) = shown >= 0, self._centre_and_spread(words)
+            named = (words[shown.clamp(min=0)] - centre) * there[..., None]
             meaning = meaning + named.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
             if self.packer is not None:
-                meaning = meaning + self.packer(named, there, words.std())
+                meaning = meaning + self.packer(named, there, spread)
         return torch.cat((self.boundaries[:1], meaning, self.boundaries[1:]))
 
     def between(self, shown: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from concurrent.futures import wait
 
 import pytest
 
+from vist_rag.batching import MicroBatcher
 from vist_rag.errors import ConfigError
-from vist_rag.generation import MicroBatcher
 
 
 class Doubling:

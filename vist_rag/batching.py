@@ -30,7 +30,7 @@ class MicroBatcher(Generic[Asked, Served]):
     Args:
         serve: Answers a list of requests, in order.
         max_batch_size: Requests in one call.
-        max_wait_ms: How long the first request of an idle batcher waits for others.
+        max_wait_ms: How long an idle batcher waits for company of its first request, and of each that comes meanwhile.
     Raises:
         ConfigError: If a number is out of range.
     """
@@ -62,10 +62,17 @@ class MicroBatcher(Generic[Asked, Served]):
         return future
 
     def _work(self) -> None:
-        time.sleep(self.max_wait_ms / 1000)
+        self._gather()
         while batch := self._next():
             if asked := [waiting for waiting in batch if waiting.future.set_running_or_notify_cancel()]:
                 self._answer(asked)
+
+    def _gather(self) -> None:
+        """Wait for company, and on while more comes: what comes together is served together."""
+        seen = 0
+        while seen < (waiting := len(self._waiting)) < self.max_batch_size:
+            seen = waiting
+            time.sleep(self.max_wait_ms / 1000)
 
     def _next(self) -> list[_Waiting[Asked, Served]]:
         """The requests that are served next: those with the key of the one that waits longest."""
