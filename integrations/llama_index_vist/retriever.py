@@ -1,0 +1,49 @@
+"""VistRetriever: an index of vist-rag's own, searched by its own embedder."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.schema import NodeWithScore, QueryBundle
+
+from llama_index_vist.llm import VistLLM
+from llama_index_vist.nodes import to_node
+from vist_rag import PassageIndex
+
+
+class VistRetriever(BaseRetriever):
+    """Finds the passages of an index that ``vist-rag index`` or :class:`vist_rag.PassageIndex` made.
+
+    Args:
+        index: The index, or the directory that it lives in, which is opened to be read.
+        similarity_top_k: How many nodes; as many as there are where the index has fewer.
+        llm: Who will read them. Where given, memories that the index holds are at hand when it reads, and others are
+            made now, and kept in the index where it can be written.
+        **settings: Of LlamaIndex's own ``BaseRetriever``.
+    """
+
+    def __init__(
+        self,
+        index: PassageIndex | str | Path,
+        *,
+        similarity_top_k: int = 4,
+        llm: VistLLM | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        self.index = index if isinstance(index, PassageIndex) else PassageIndex.open(index, read_only=True)
+        self.similarity_top_k = similarity_top_k
+        self.llm = llm
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        top_k = min(self.similarity_top_k, len(self.index))
+        hits = self.index.search(query_bundle.query_str, top_k) if len(self.index) else []
+        if self.llm is not None:
+            self.llm.reader.prepare([hit.passage for hit in hits], index=self.index)
+        return [NodeWithScore(node=to_node(hit.passage), score=hit.score) for hit in hits]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
