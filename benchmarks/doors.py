@@ -3,8 +3,8 @@
     python benchmarks/doors.py --json
 
 Questions of the demo corpus, answered by the embedded model from memories that are ready. Each question is asked of all
-in turn, so that they share whatever the machine does meanwhile. Rounds of 16 concurrent calls alternate with rounds of 16
-sequential ones; an observer on the same event loop measures how long it stood still.
+in turn, so that they share whatever the machine does meanwhile. Rounds of 16 concurrent calls alternate with rounds of
+16 sequential ones; an observer on the same event loop measures how long it stood still.
 """
 
 from __future__ import annotations
@@ -156,14 +156,14 @@ def main() -> None:
         print(text)
         return
     for name, row in figures["overhead"].items():
+        ratio, (low, high) = row["paired_ratio_median"], row["paired_ratio_95"]
         print(
-            f"{name:12} {row['median_ms']:7.1f} ms a question   {row['paired_ratio_median']:.3f} of VistRAG's (limit 1.10)"
+            f"{name:12} {row['median_ms']:.0f} ms a question: {ratio:.3f} [{low:.3f}, {high:.3f}] of VistRAG (limit 1.10)"
         )
     for name, row in figures["together"].items():
-        print(
-            f"{name:12} 16 at once {row['ratio_median']:.1f} times as fast as one by one (limit 3), the event loop stood "
-            f"still for {row['loop_stood_still_ms_max']:.0f} ms at most (limit 50)"
-        )
+        still_ms = row["loop_stood_still_ms_max"]
+        print(f"{name:12} 16 at once: {row['ratio_median']:.1f} times the throughput of one by one (limit 3)")
+        print(f"{'':12} the event loop stood still for {still_ms:.0f} ms at most (limit 50)")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class MicroBatcher(Generic[Asked, Served]):
     """
 
     def __init__(
-        self, serve: Callable[[list[Asked]], Sequence[Served]], *, max_batch_size: int = 16, max_wait_ms: float = 1.0
+        self, serve: Callable[[list[Asked]], Sequence[Served]], *, max_batch_size: int = 16, max_wait_ms: float = 2.0
     ) -> None:
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size must be 1 or more, got {max_batch_size}.")
@@ -69,10 +69,11 @@ class MicroBatcher(Generic[Asked, Served]):
 
     def _gather(self) -> None:
         """Wait for company, and on while more comes: what comes together is served together."""
-        seen = 0
+        seen, patience_s = 0, self.max_wait_ms / 1000
         while seen < (waiting := len(self._waiting)) < self.max_batch_size:
+            # Who has company is likely to get more, and a batch that is split takes far longer than this.
+            time.sleep(patience_s if waiting == 1 else 3 * patience_s)
             seen = waiting
-            time.sleep(self.max_wait_ms / 1000)
 
     def _next(self) -> list[_Waiting[Asked, Served]]:
         """The requests that are served next: those with the key of the one that waits longest."""

@@ -136,7 +136,7 @@ class VistReader:
         max_new_tokens: int = 32,
         stop: Sequence[str] = (),
         max_batch_size: int = 16,
-        max_wait_ms: float = 1.0,
+        max_wait_ms: float = 2.0,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.compressor = compressor.eval()
@@ -211,7 +211,8 @@ class VistReader:
         return self.generator.count_tokens(self.template.memory) + self.generator.fusion.boundary_tokens
 
     def _size(self, content: str, latents: int | None) -> int:
-        n: int = self.compressor.count_latents(content)
+        held = self._held(content)
+        n: int = self.compressor.count_latents(content) if held is None else len(held)
         return n if latents is None else min(n, latents)
 
     def mark(
@@ -248,12 +249,17 @@ class VistReader:
 
     # ------------------------------------------------------------------------------------------------------ memories
 
-    def prepare(self, passages: Sequence[Passage], *, index: PassageIndex | None = None) -> None:
+    def at_hand(self, passages: Sequence[Passage]) -> bool:
+        """Whether all memories are: then :meth:`mark` takes no time, and may be called in an event loop."""
+        return all(self._held(passage.content) is not None for passage in passages)
+
+    def prepare(self, passages: Sequence[Passage], *, index: PassageIndex | None = None, keep: bool = False) -> None:
         """Have the memories of passages at hand: from an index, else encoded now, and kept in the index.
 
         Args:
             passages: What will be read.
             index: Where their memories may be stored; None: the reader's own.
+            keep: Whether those that are at hand already are kept in the index, too.
         """
         missing = [passage for passage in passages if self._held(passage.content) is None]
         index, fingerprint = index or self.index, self.compressor.fingerprint
@@ -265,9 +271,12 @@ class VistReader:
                 if passage.id in stored:
                     self._cache.put(self._key(passage.content), torch.from_numpy(stored[passage.id]))
         made = self._encode([p.content for p in missing])
-        if made and index is not None and not index.read_only:
-            # By passage: kept only where the index has this very text.
-            index.put_memories({p: made[p.content].numpy() for p in missing if p.content in made}, fingerprint)
+        if index is None or index.read_only:
+            return
+        held = {p: made.get(p.content, self._held(p.content) if keep else None) for p in passages}
+        # By passage: kept only where the index has this very text.
+        if kept := {passage: latents.numpy() for passage, latents in held.items() if latents is not None}:
+            index.put_memories(kept, fingerprint)
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Encode what is not at hand, float16 ``[n, d]``, and keep it at hand."""

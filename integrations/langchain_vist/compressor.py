@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_core.callbacks import Callbacks
@@ -14,7 +14,7 @@ from pydantic import ConfigDict, PrivateAttr
 
 from langchain_vist.chat import find_reader
 from langchain_vist.documents import marked, plain, to_passage
-from vist_rag import Budget, InputError, PassageIndex, SearchHit
+from vist_rag import Budget, InputError, Passage, PassageIndex, SearchHit
 
 
 class VistDocumentCompressor(BaseDocumentCompressor, RunnableSerializable[Any, Any]):
@@ -36,6 +36,7 @@ class VistDocumentCompressor(BaseDocumentCompressor, RunnableSerializable[Any, A
     """Whether the best document comes last, next to the question, as in ``VistRAG``; for memory only."""
 
     _warned: bool = PrivateAttr(default=False)
+    _loaded: bool = PrivateAttr(default=False)
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -55,13 +56,25 @@ class VistDocumentCompressor(BaseDocumentCompressor, RunnableSerializable[Any, A
         if reader is None:
             self._warn()
             return [plain(document) for document in documents]
-        passages = [to_passage(doc.page_content, doc.id, doc.metadata) for doc in documents]
+        passages = list(map(_passage, documents))
         hits = [
             SearchHit(passage, _score(doc), rank)
             for rank, (passage, doc) in enumerate(zip(passages, documents, strict=True))
         ]
         read = [marked(documents[mark.hit.rank], mark) for mark in reader.mark(hits, self.budget, index=self.index)]
         return read[::-1] if self.best_last else read
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str = "", callbacks: Callbacks | None = None
+    ) -> list[Document]:
+        """As :meth:`compress_documents`; the event loop is free while memories are made."""
+        if not self._loaded:
+            await run_in_executor(None, find_reader, self.llm)
+            self._loaded = True
+        reader = find_reader(self.llm)
+        if reader is None or reader.at_hand(list(map(_passage, documents))):
+            return self.compress_documents(documents, query)
+        return await run_in_executor(None, self.compress_documents, documents, query)
 
     def _warn(self) -> None:
         if not self._warned:
@@ -78,25 +91,33 @@ class VistDocumentCompressor(BaseDocumentCompressor, RunnableSerializable[Any, A
         Raises:
             InputError: If it is something else.
         """
-        return self._call_with_config(self._invoke, input, config)
+        documents, answer = _given(input)
+        return self._call_with_config(lambda _: answer(self.compress_documents(documents)), input, config)
 
     async def ainvoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         """As :meth:`invoke`; the event loop is free meanwhile."""
+        documents, answer = _given(input)
 
-        async def run(given: Any) -> Any:
-            return await run_in_executor(config, self._invoke, given)
+        async def run(_: Any) -> Any:
+            return answer(await self.acompress_documents(documents))
 
         return await self._acall_with_config(run, input, config)
 
-    def _invoke(self, given: Any) -> Any:
-        if isinstance(given, dict) and "documents" in given:
-            return {**given, "documents": self.compress_documents(given["documents"])}
-        if isinstance(given, Sequence) and all(isinstance(document, Document) for document in given):
-            return self.compress_documents(given)
-        raise InputError(
-            f"A VistDocumentCompressor must be given documents, or a dict with 'documents', got "
-            f"{type(given).__name__}; put with_query(retriever) before it."
-        )
+
+def _given(given: Any) -> tuple[Sequence[Document], Callable[[list[Document]], Any]]:
+    """The documents in what a pipe gives, and how to give them back."""
+    if isinstance(given, dict) and "documents" in given:
+        return given["documents"], lambda documents: {**given, "documents": documents}
+    if isinstance(given, Sequence) and all(isinstance(document, Document) for document in given):
+        return given, lambda documents: documents
+    raise InputError(
+        f"A VistDocumentCompressor must be given documents, or a dict with 'documents', got {type(given).__name__}; "
+        "put with_query(retriever) before it."
+    )
+
+
+def _passage(document: Document) -> Passage:
+    return to_passage(document.page_content, document.id, document.metadata)
 
 
 def _score(document: Document) -> float:

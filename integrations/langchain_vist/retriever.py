@@ -8,7 +8,6 @@ from typing import Any
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr
 
 from langchain_vist.compressor import VistDocumentCompressor
@@ -46,20 +45,21 @@ class VistRetriever(BaseRetriever):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **_: Any
     ) -> list[Document]:
         k = self._top_k(k)
-        return self._documents(self.index.search(query, k) if k else [])
+        documents = _found(self.index.search(query, k) if k else [])
+        return self._compressor.compress_documents(documents) if self._compressor else list(map(plain, documents))
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **_: Any
     ) -> list[Document]:
         k = self._top_k(k)
-        hits = await self.index.asearch(query, k) if k else []
-        return await run_in_executor(None, self._documents, hits)
+        documents = _found(await self.index.asearch(query, k) if k else [])
+        if self._compressor is None:
+            return list(map(plain, documents))
+        return await self._compressor.acompress_documents(documents)
 
     def _top_k(self, k: int | None) -> int:
         return min(self.k if k is None else k, len(self.index))
 
-    def _documents(self, hits: Sequence[SearchHit]) -> list[Document]:
-        documents = [to_document(hit.passage, score=hit.score) for hit in hits]
-        if self._compressor is None:
-            return [plain(document) for document in documents]
-        return self._compressor.compress_documents(documents)
+
+def _found(hits: Sequence[SearchHit]) -> list[Document]:
+    return [to_document(hit.passage, score=hit.score) for hit in hits]

@@ -105,7 +105,7 @@ class VistVectorStore(VectorStore):
         passages = [to_passage(*row) for row in zip(texts, ids, metadatas, strict=True)]
         self.index.add(passages)
         if self._reader is not None:
-            self._reader.prepare(passages, index=self.index)
+            self._reader.prepare(passages, index=self.index, keep=True)
         return [passage.id for passage in passages]
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import warnings
 from typing import Any
@@ -66,6 +67,15 @@ class VistPostprocessor(BaseNodePostprocessor):
             read = plain
         _dispatcher.event(ReRankEndEvent(nodes=read))
         return read
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if isinstance(self.llm, VistLLM):
+            passages = [to_passage(as_before(one.node)) for one in nodes if is_text(one.node)]
+            if not (await self.llm.areader()).at_hand(passages):
+                return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)
+        return self._postprocess_nodes(nodes, query_bundle)
 
     def _marked(self, nodes: list[NodeWithScore], llm: VistLLM) -> list[NodeWithScore]:
         hits = [

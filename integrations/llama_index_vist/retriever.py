@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle
 
 from llama_index_vist.llm import VistLLM
 from llama_index_vist.nodes import to_node
-from vist_rag import PassageIndex
+from vist_rag import PassageIndex, SearchHit
 
 
 class VistRetriever(BaseRetriever):
@@ -39,11 +40,21 @@ class VistRetriever(BaseRetriever):
         self.llm = llm
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        top_k = min(self.similarity_top_k, len(self.index))
-        hits = self.index.search(query_bundle.query_str, top_k) if len(self.index) else []
+        top_k = self._top_k
+        return self._nodes(self.index.search(query_bundle.query_str, top_k) if top_k else [])
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        top_k = self._top_k
+        hits = await self.index.asearch(query_bundle.query_str, top_k) if top_k else []
+        if self.llm is None or (await self.llm.areader()).at_hand([hit.passage for hit in hits]):
+            return self._nodes(hits)
+        return await asyncio.to_thread(self._nodes, hits)
+
+    @property
+    def _top_k(self) -> int:
+        return min(self.similarity_top_k, len(self.index))
+
+    def _nodes(self, hits: Sequence[SearchHit]) -> list[NodeWithScore]:
         if self.llm is not None:
             self.llm.reader.prepare([hit.passage for hit in hits], index=self.index)
         return [NodeWithScore(node=to_node(hit.passage), score=hit.score) for hit in hits]
-
-    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return await asyncio.to_thread(self._retrieve, query_bundle)

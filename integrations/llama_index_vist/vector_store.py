@@ -90,12 +90,9 @@ class VistVectorStore(BasePydanticVectorStore):
         passages = [to_stored(node) for node in nodes]
         self._index.delete(self._moved(nodes))
         self._index.add(passages, vectors=[node.get_embedding() for node in nodes])
-        self._prepare(passages)
-        return [node.node_id for node in nodes]
-
-    def _prepare(self, passages: Sequence[Passage]) -> None:
         if self.llm is not None:
-            self.llm.reader.prepare(passages, index=self._index)
+            self.llm.reader.prepare(passages, index=self._index, keep=True)
+        return [node.node_id for node in nodes]
 
     def _moved(self, nodes: Sequence[BaseNode]) -> list[str]:
         """Nodes that are stored with another embedding, which an index keeps as long as the text is the same."""
@@ -158,7 +155,8 @@ class VistVectorStore(BasePydanticVectorStore):
             return VectorStoreQueryResult(nodes=[], similarities=[], ids=[])
         top_k = min(top_k, len(self._index))
         (hits,) = self._index.search_vectors([query.query_embedding], top_k, where=_where(query))
-        self._prepare([hit.passage for hit in hits])
+        if self.llm is not None:
+            self.llm.reader.prepare([hit.passage for hit in hits], index=self._index)
         return VectorStoreQueryResult(
             nodes=[to_node(hit.passage) for hit in hits],
             similarities=[hit.score for hit in hits],

@@ -162,8 +162,8 @@ class CopyAttention(nn.Module):
             if cache is not None:
                 keys, ids = cache.update(keys, ids.float(), layer)  # the cache is of floats; bf16 holds no id above 256
         ids = ids[:, 0, :, 0].long()
-        keys = torch.cat((keys[:, 0], self.end.expand(len(keys), 1, -1)), dim=1)
-        scores = queries @ keys.transpose(1, 2) / queries.shape[-1] ** 0.5
+        scores = torch.cat((queries @ keys[:, 0].transpose(1, 2), (queries @ self.end)[..., None]), dim=-1)
+        scores = scores / queries.shape[-1] ** 0.5
         allowed = mask.repeat_interleave(ids.shape[1] // mask.shape[-1], dim=-1) & (ids >= 0)[:, None]
         allowed = F.pad(allowed, (0, 1), value=True)
         scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
