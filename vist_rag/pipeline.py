@@ -14,7 +14,7 @@ import torch
 from vist_rag.budget import Budget, Plan
 from vist_rag.compression import PassageCompressor, VisualMemory
 from vist_rag.generation import Generation, Prompt, VistGenerator
-from vist_rag.reader import VistReader, find_span
+from vist_rag.reader import VistReader, as_written, find_span
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
 
@@ -124,9 +124,7 @@ class VistRAG(VistReader):
             Citation(hit.passage, hit.score, mode, find_span(text, hit.passage.text))  # type: ignore[arg-type]
             for hit, mode in read
         )
-        quote = next((c.quote for c in citations if c.quote), None)
-        if quote and text == text.lower():
-            text = quote  # an uncased generator: the passage knows how it is written
+        text = as_written(text, [hit.passage.content for hit, _ in read])
         origin = sum(self.raw_tokens(hit.passage) for hit, _ in read)
         raw = sum(self.raw_tokens(hit.passage) for hit in plan.raw)
         compressed = raw + prompt.memory_tokens + self._frame_tokens * len(plan.compressed)

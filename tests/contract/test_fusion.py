@@ -34,7 +34,7 @@ def transparent(request: pytest.FixtureRequest) -> VistGenerator:
     generator.fusion.speller = None
     generator.fusion.boundaries = nn.Parameter(torch.empty(0, 32))
 
-    def shown(_: VistGenerator, latents: Tensor, places: Tensor) -> Tensor:
+    def shown(_: VistGenerator, latents: Tensor, places: Tensor, counts: Any = None) -> Tensor:
         table = generator.model.get_input_embeddings().weight
         return show(torch.cdist(latents, table).argmin(-1), places, int(places[-1]) + 1)
 
@@ -410,3 +410,17 @@ def test_a_speller_names_characters_and_leaves_out_what_is_none() -> None:
         SoftPromptFusion(FusionConfig(8, 32)).spell(torch.randn(3, 8))
     with pytest.raises(ConfigError, match="spelling must be 0 or more, got -1"):
         FusionConfig(8, 32, spelling=-1)
+
+
+@torch.no_grad()
+def test_memories_read_in_one_pass_are_those_read_one_by_one(generator: VistGenerator) -> None:
+    memories = [memory(n, seed=n).coarsen(size) for n, size in ((1, 1), (6, 6), (9, 4), (3, 2))]
+    together = generator.fusion.read_many(generator, [(one.latents, one.places) for one in memories])
+    for one, (soft, shown) in zip(memories, together, strict=True):
+        alone, told = generator.fusion.read(generator, one.latents, one.places)
+        torch.testing.assert_close(soft, alone, atol=1e-5, rtol=1e-5)
+        assert shown[:, : told.shape[1]].tolist() == told.tolist()
+        assert (shown[:, told.shape[1] :] == -1).all()
+    prompts = [reading(4), Prompt((QUESTION,)), Prompt((*reading(5).segments[:2], *reading(3).segments))]
+    for prompt, (soft, _) in zip(prompts, generator.fusion.embed_many(generator, prompts), strict=True):
+        torch.testing.assert_close(soft, generator.fusion.embed(generator, prompt)[0], atol=1e-5, rtol=1e-5)

@@ -184,11 +184,27 @@ class SoftPromptFusion(nn.Module):
             The soft prompt, float ``[m + 2, d_llm]``, and the tokens that each of its positions spells, int64
             ``[m + 2, s]``, -1 for none.
         """
-        latents = latents.to(self.boundaries.device, self.boundaries.dtype)
-        places = (torch.arange(len(latents)) if places is None else places).to(latents.device)
-        shown = self.shown(generator, latents, places)
+        return self.read_many(generator, [(latents, places)])[0]
+
+    def read_many(
+        self, generator: VistGenerator, memories: Sequence[tuple[Tensor, Tensor | None]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`read` of each memory, latents and places, in one pass of every layer."""
+        counts = [len(latents) for latents, _ in memories]
+        own = [
+            torch.arange(n) if places is None else places.cpu() for n, (_, places) in zip(counts, memories, strict=True)
+        ]
+        sizes = [int(places[-1]) + 1 for places in own]
+        starts = [0, *accumulate(sizes)]
+        latents = torch.cat([latents for latents, _ in memories]).to(self.boundaries.device, self.boundaries.dtype)
+        places = torch.cat([places + start for places, start in zip(own, starts, strict=False)]).to(latents.device)
+        shown = self.shown(generator, latents, places, counts)
         words = cast(Tensor, generator.model.get_input_embeddings().weight)
-        return self.join(merged(self.meaning(latents), places), shown, words), self.between(shown)
+        inside = self.inside(merged(self.meaning(latents), places), shown, words)
+        return [
+            (self.bounded(soft), self.between(told))
+            for soft, told in zip(inside.split(sizes), shown.split(sizes), strict=True)
+        ]
 
     def join(self, meaning: Tensor, shown: Tensor, words: Tensor) -> Tensor:
         """Meaning ``[m, d_llm]`` and spelling as one soft prompt between its boundaries, ``[m + 2, d_llm]``.
@@ -198,13 +214,21 @@ class SoftPromptFusion(nn.Module):
             shown: Tokens that each position spells, int64 ``[m, s]``, -1 for none.
             words: The generator's embeddings, float ``[v, d_llm]``.
         """
+        return self.bounded(self.inside(meaning, shown, words))
+
+    def inside(self, meaning: Tensor, shown: Tensor, words: Tensor) -> Tensor:
+        """As :meth:`join`, without the boundaries: ``[m, d_llm]``."""
         if self.speller is not None or self.config.tokens:
             there, (centre, spread) = shown >= 0, self._centre_and_spread(words)
             named = (words[shown.clamp(min=0)] - centre) * there[..., None]
             meaning = meaning + named.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
             if self.packer is not None:
                 meaning = meaning + self.packer(named, there, spread)
-        return torch.cat((self.boundaries[:1], meaning, self.boundaries[1:]))
+        return meaning
+
+    def bounded(self, soft: Tensor) -> Tensor:
+        """A soft prompt between its boundaries."""
+        return torch.cat((self.boundaries[:1], soft, self.boundaries[1:]))
 
     def between(self, shown: Tensor) -> Tensor:
         """Tokens that positions spell, int64 ``[m, s]``, with those of the boundaries, which spell nothing."""
@@ -236,8 +260,17 @@ class SoftPromptFusion(nn.Module):
         classes = self.spelt(latents).argmax(-1)
         return ["".join(CHARACTERS[c] for c in row if c < len(CHARACTERS)) for row in classes.tolist()]
 
-    def shown(self, generator: VistGenerator, latents: Tensor, places: Tensor) -> Tensor:
-        """Tokens that the positions of a memory ``[n, d]`` spell, in reading order: int64 ``[m, s]``, -1 for none."""
+    def shown(
+        self, generator: VistGenerator, latents: Tensor, places: Tensor, counts: Sequence[int] | None = None
+    ) -> Tensor:
+        """Tokens that the positions of a memory ``[n, d]`` spell, in reading order: int64 ``[m, s]``, -1 for none.
+
+        Args:
+            generator: Whose tokens they are.
+            latents: Of one memory, or of several one after another.
+            places: Position of each latent, int64 ``[n]``, ascending.
+            counts: Latents of each memory, where these are several: no word goes on from one to the next.
+        """
         size = int(places[-1]) + 1
         if self.config.tokens:
             known = read_ids(latents[:, -self.config.spelling_width :])
@@ -247,14 +280,23 @@ class SoftPromptFusion(nn.Module):
         if self.speller is None:
             return torch.full((size, 1), -1, device=latents.device)
         spelt = self.spell(latents)
-        ends = list(accumulate(map(len, spelt)))
-        encoded = generator.tokenizer(
-            "".join(spelt), add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
-        middles = [(start + end - 1) // 2 for start, end in encoded.offset_mapping]
-        latent = torch.tensor([bisect_right(ends, middle) for middle in middles], dtype=torch.long)
-        at = places.cpu()[latent]
-        return show(torch.tensor(encoded.input_ids, dtype=torch.long), at, size).to(latents.device)
+        ids: list[int] = []
+        latent: list[int] = []
+        begin = 0
+        for count in counts or [len(spelt)]:
+            ends = list(accumulate(map(len, spelt[begin : begin + count])))
+            encoded = generator.tokenizer(
+                "".join(spelt[begin : begin + count]),
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_offsets_mapping=True,
+            )
+            ids += encoded.input_ids
+            middles = ((start + end - 1) // 2 for start, end in encoded.offset_mapping)
+            latent += [begin + bisect_right(ends, middle) for middle in middles]
+            begin += count
+        at = places.cpu()[torch.tensor(latent, dtype=torch.long)]
+        return show(torch.tensor(ids, dtype=torch.long), at, size).to(latents.device)
 
     @contextmanager
     def condition(self, generator: VistGenerator, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
@@ -262,8 +304,7 @@ class SoftPromptFusion(nn.Module):
 
         Leaves no state anywhere, so there is nothing to clean up after an exception.
         """
-        read = [self.embed(generator, prompt) for prompt in prompts]
-        rows, tokens = [embeds for embeds, _ in read], [shown for _, shown in read]
+        rows, tokens = zip(*self.embed_many(generator, prompts), strict=True)
         # Left padding, so that every prompt ends where its answer begins.
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
         lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
@@ -276,17 +317,23 @@ class SoftPromptFusion(nn.Module):
 
     def embed(self, generator: VistGenerator, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """One prompt as embeddings, float ``[t, d_llm]``, and the tokens that each position shows, ``[t, s]``."""
+        return self.embed_many(generator, [prompt])[0]
+
+    def embed_many(self, generator: VistGenerator, prompts: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`embed` of each prompt; all of their memories are read in one pass."""
         table = generator.model.get_input_embeddings()
-        embeds, shown = [], []
-        for part in generator.parts(prompt):
-            if isinstance(part, VisualMemory):
-                self.check(part)
-                embedded, tokens = self.read(generator, part.latents, part.places)
-            else:
-                embedded, tokens = table(part), part[:, None]
-            embeds.append(embedded.to(table.weight.dtype))
-            shown.append(tokens)
-        return torch.cat(embeds), side_by_side(shown)
+        parts = [generator.parts(prompt) for prompt in prompts]
+        memories = [part for row in parts for part in row if isinstance(part, VisualMemory)]
+        for memory in memories:
+            self.check(memory)
+        read = iter(self.read_many(generator, [(m.latents, m.places) for m in memories]) if memories else [])
+
+        def embedded(part: Tensor | VisualMemory) -> tuple[Tensor, Tensor]:
+            soft, shown = next(read) if isinstance(part, VisualMemory) else (table(part), part[:, None])
+            return soft.to(table.weight.dtype), shown
+
+        rows = [list(map(embedded, row)) for row in parts]
+        return [(torch.cat([soft for soft, _ in row]), side_by_side([shown for _, shown in row])) for row in rows]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
