@@ -304,7 +304,8 @@ class SoftPromptFusion(nn.Module):
 
         Leaves no state anywhere, so there is nothing to clean up after an exception.
         """
-        rows, tokens = zip(*self.embed_many(generator, prompts), strict=True)
+        read = self.embed_many(generator, prompts)
+        rows, tokens = [embeds for embeds, _ in read], [shown for _, shown in read]
         # Left padding, so that every prompt ends where its answer begins.
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
         lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
