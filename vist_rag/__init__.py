@@ -22,7 +22,17 @@ if TYPE_CHECKING:
         StoreError,
         VistError,
     )
-    from vist_rag.generation import Prompt, PromptTemplate, Sampling, VistGenerator, strip_spans, write_span
+    from vist_rag.generation import (
+        Prompt,
+        PromptTemplate,
+        Sampling,
+        Span,
+        VistGenerator,
+        make_ref,
+        read_spans,
+        strip_spans,
+        write_span,
+    )
     from vist_rag.pipeline import VistRAG
     from vist_rag.reader import Marked, Reply, Said, VistReader
     from vist_rag.rendering import Renderer
@@ -55,6 +65,7 @@ __all__ = [
     "SearchHit",
     "SentenceTransformerEmbedder",
     "ShapeError",
+    "Span",
     "StoreError",
     "Usage",
     "VistCompressor",
@@ -64,6 +75,8 @@ __all__ = [
     "VistReader",
     "VisualMemory",
     "__version__",
+    "make_ref",
+    "read_spans",
     "strip_spans",
     "write_span",
 ]
@@ -92,6 +105,7 @@ _ROOM_OF = {
     "SearchHit": "types",
     "SentenceTransformerEmbedder": "retrieval",
     "ShapeError": "errors",
+    "Span": "generation",
     "StoreError": "errors",
     "Usage": "types",
     "VistCompressor": "compression",
@@ -100,6 +114,8 @@ _ROOM_OF = {
     "VistRAG": "pipeline",
     "VistReader": "reader",
     "VisualMemory": "compression",
+    "make_ref": "generation",
+    "read_spans": "generation",
     "strip_spans": "generation",
     "write_span": "generation",
 }

@@ -16,8 +16,7 @@ from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
 from llama_index_vist.llm import VistLLM
-from llama_index_vist.spans import CLOSE
-from vist_rag import Passage, VistReader, strip_spans
+from vist_rag import Passage, Span, VistReader, read_spans, strip_spans
 
 
 class VistSynthesizer(BaseSynthesizer):
@@ -91,13 +90,17 @@ class VistSynthesizer(BaseSynthesizer):
             ordered = text_chunks[::-1] if self._best_first else text_chunks
             end = _end_of_raw(reader)
             context = reader.template.instruction + "".join(
-                text if text.endswith(CLOSE) else text + end for text in ordered
+                text if _is_memory(reader, text) else text + end for text in ordered
             )
         return template.partial_format(query_str=query_str), context
 
 
 def _question(reader: VistReader) -> PromptTemplate:
     return PromptTemplate("{context_str}" + reader.template.question.replace("{question}", "{query_str}"))
+
+
+def _is_memory(reader: VistReader, text: str) -> bool:
+    return any(isinstance(part, Span) for part in read_spans(text, reader.compressor.fingerprint))
 
 
 def _end_of_raw(reader: VistReader) -> str:

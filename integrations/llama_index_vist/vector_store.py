@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.indices.query.embedding_utils import get_top_k_mmr_embeddings
 from llama_index.core.schema import BaseNode
@@ -88,23 +87,10 @@ class VistVectorStore(BasePydanticVectorStore):
             if node.embedding is None:
                 raise InputError(f"nodes must have embeddings, node {node.node_id!r} has none; embed it before.")
         passages = [to_stored(node) for node in nodes]
-        self._index.delete(self._moved(nodes))
         self._index.add(passages, vectors=[node.get_embedding() for node in nodes])
         if self.llm is not None:
             self.llm.reader.prepare(passages, index=self._index, keep=True)
         return [node.node_id for node in nodes]
-
-    def _moved(self, nodes: Sequence[BaseNode]) -> list[str]:
-        """Nodes that are stored with another embedding, which an index keeps as long as the text is the same."""
-        held = self._index.vectors(node.node_id for node in nodes)
-
-        def is_moved(node: BaseNode) -> bool:
-            vector, kept = np.asarray(node.embedding, np.float32), held.get(node.node_id)
-            if kept is None or kept.shape != vector.shape:
-                return False
-            return float(vector @ kept) < (1 - 1e-6) * float(np.linalg.norm(vector))
-
-        return [node.node_id for node in nodes if is_moved(node)]
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Delete the nodes of a document."""

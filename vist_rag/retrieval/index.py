@@ -162,7 +162,8 @@ class PassageIndex:
         Args:
             passages: Passages; read as they are needed.
             memories: float ``[n, d]`` for each passage, or None for one without; as many as passages.
-            vectors: float ``[d]`` for each passage, of any length above 0; None: the embedder makes them.
+            vectors: float ``[d]`` for each passage, of any length above 0; None: the embedder makes them. What is
+                stored with another vector is stored anew; its memories go.
             fingerprint: Of the compressor that made the memories.
             progress: Whether to show a progress bar.
         Returns:
@@ -185,8 +186,14 @@ class PassageIndex:
         return added
 
     def _add_batch(self, batch: Sequence[_Given], fingerprint: str) -> int:
-        unknown = [given for given in batch if not self._store.holds(given.passage)]
-        vectors = self._vectors(unknown)
+        own = self._given_vectors(batch)
+        moved = self._moved(own)
+        unknown = [given for given in batch if given.passage.id in moved or not self._store.holds(given.passage)]
+        vectors = np.zeros((0, 0), np.float32)
+        if unknown and own:
+            vectors = np.stack([own[given.passage.id] for given in unknown])
+        elif unknown:
+            vectors = self._embed([given.passage.content for given in unknown])
         found = {given.passage: vector for given, vector in zip(unknown, vectors, strict=True)}
         entries = [Entry(given.passage, found.get(given.passage), given.memory) for given in batch]
         with self._store.transaction():
@@ -196,15 +203,20 @@ class PassageIndex:
                 self._store.set_meta("dimension", str(dimension))
                 self._store.set_meta("index_factory", self._cache.factory)
             self._check_dimension(vectors)
+            self._store.delete(moved)  # a row never changes its vector
             return self._store.add(entries, fingerprint)
 
-    def _vectors(self, batch: Sequence[_Given]) -> NDArray[np.float32]:
-        """The vectors that were given, or the embedder's; of length 1, ``[n, d]``."""
-        if not batch:
-            return np.zeros((0, 0), np.float32)
+    def _given_vectors(self, batch: Sequence[_Given]) -> dict[str, NDArray[np.float32]]:
+        """Vectors that were given, by passage id, of length 1; nothing where the embedder makes them."""
         if batch[0].vector is None:
-            return self._embed([given.passage.content for given in batch])
-        return _normalised(cast(Any, [given.vector for given in batch]), len(batch), "vectors")
+            return {}
+        vectors = _normalised(cast(Any, [given.vector for given in batch]), len(batch), "vectors")
+        return {given.passage.id: vector for given, vector in zip(batch, vectors, strict=True)}
+
+    def _moved(self, own: Mapping[str, NDArray[np.float32]]) -> set[str]:
+        """Ids that are stored with another vector than the one that is given."""
+        held = self._store.vectors_of(own)
+        return {id_ for id_, vector in held.items() if vector.shape == own[id_].shape and vector @ own[id_] < 1 - 1e-6}
 
     def _embed(self, texts: Sequence[str], *, query: bool = False) -> NDArray[np.float32]:
         """Vectors of length 1, ``[n, d]``, so that their inner product is the cosine."""

@@ -666,6 +666,17 @@ def test_wrong_vectors_are_refused_and_nothing_is_added(
             index.search_vectors([[1.0] * 5], 1)
 
 
+def test_a_passage_that_is_given_another_vector_moves(tmp_path: Path) -> None:
+    index, vectors, passages = given(tmp_path)
+    with index:
+        assert index.add(passages, vectors=3 * vectors) == 0  # the same directions
+        assert index.add(passages[:2], vectors=[vectors[1], vectors[0]]) == 2
+        assert len(index) == 40
+        (hits,) = index.search_vectors([vectors[0]], 1)
+        assert hits[0].passage == passages[1]
+        np.testing.assert_allclose(index.vectors(["0"])["0"], vectors[1], atol=1e-6)
+
+
 def test_vectors_and_memories_are_kept_together(tmp_path: Path) -> None:
     with PassageIndex.open(tmp_path / "given", embedder=GivenVectors("elsewhere")) as index:
         memory = np.ones((2, 4), np.float32)
