@@ -59,7 +59,14 @@ def test_the_demo_runs_from_memory(report: dict[str, Any]) -> None:
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    shown = _run("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}", cwd=tmp_path)
-    assert "Saltharrow bridge" in shown
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    roots = [str(ROOT), str(ROOT / "integrations")]
+    pipeline, langchain, llama_index = (
+        _run("-c", f"import sys; sys.path[:0] = {roots!r}\n{code}", cwd=tmp_path) for code in blocks
+    )
+    assert "Saltharrow bridge" in pipeline
     assert (tmp_path / "my-index" / "passages.sqlite").is_file()
+    (before, positions_before), (after, positions_after) = (line.rsplit(maxsplit=1) for line in langchain.splitlines())
+    assert before == after == "Edda Marsh"
+    assert int(positions_after) < int(positions_before)
+    assert llama_index.splitlines() == ["Edda Marsh", "Edda Marsh"]
