@@ -14,7 +14,8 @@ import torch
 from vist_rag.budget import Budget, Plan
 from vist_rag.compression import PassageCompressor, VisualMemory
 from vist_rag.generation import Generation, Prompt, VistGenerator
-from vist_rag.reader import VistReader, as_written, find_span
+from vist_rag.quoting import as_written, find_span
+from vist_rag.reader import VistReader
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
 

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import re
 import threading
-import unicodedata
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -25,7 +22,7 @@ from torch import Tensor
 from vist_rag.batching import MicroBatcher
 from vist_rag.budget import Budget, Plan
 from vist_rag.checkpoint import SETTINGS_FILE, find_checkpoint, load_compressor, read_settings
-from vist_rag.compression import PassageCompressor, VisualMemory
+from vist_rag.compression import LatentCache, PassageCompressor, VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError
 from vist_rag.generation import (
     Generation,
@@ -41,11 +38,12 @@ from vist_rag.generation import (
     read_spans,
     write_span,
 )
+from vist_rag.quoting import as_written
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Passage, SearchHit, Usage
 
 CACHE_BYTES = 256 * 2**20
-"""Memories that a reader keeps at hand, about 10,000 passages of the embedded model."""
+"""Memories that a reader keeps at hand: about 4,000 passages of the embedded model."""
 
 _END: Any = object()
 
@@ -83,6 +81,20 @@ class Reply:
 
     text: str
     usage: Usage
+
+
+class Asking(TypedDict, total=False):
+    """How a conversation is answered.
+
+    Attributes:
+        max_new_tokens: Upper limit of the answer; None: the reader's own.
+        stop: The answer ends before any of these strings; None: the reader's own.
+        sampling: None: the most likely tokens.
+    """
+
+    max_new_tokens: int | None
+    stop: Sequence[str] | None
+    sampling: Sampling | None
 
 
 class _Asked(NamedTuple):
@@ -146,7 +158,7 @@ class VistReader:
         self.template = template or PromptTemplate()
         self.max_new_tokens = max_new_tokens
         self.stop = tuple(stop)
-        self._cache = _Cache(cache_bytes)
+        self._cache = LatentCache(cache_bytes)
         self._batcher = MicroBatcher(self._serve, max_batch_size=max_batch_size, max_wait_ms=max_wait_ms)
 
     @classmethod
@@ -279,21 +291,18 @@ class VistReader:
             index.put_memories(kept, fingerprint)
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Encode what is not at hand, float16 ``[n, d]``, and keep it at hand."""
-        missing = [text for text in dict.fromkeys(texts) if self._held(text) is None]
-        if not missing:
-            return {}
-        memories = self.compressor.encode(missing)
-        made = {text: memory.latents.to(torch.float16) for text, memory in zip(missing, memories, strict=True)}
-        for text, latents in made.items():
-            self._cache.put(self._key(text), latents)
-        return made
+        """Latents of texts, float16 ``[n, d]``: encoded, and kept at hand, where they are not yet."""
+        # Looked up once more: another thread may have been faster.
+        found = {text: latents for text in texts if (latents := self._held(text)) is not None}
+        if missing := [text for text in dict.fromkeys(texts) if text not in found]:
+            for text, memory in zip(missing, self.compressor.encode(missing), strict=True):
+                found[text] = memory.latents.to(torch.float16)
+                self._cache.put(self._key(text), found[text])
+        return found
 
     def _memories(self, spans: Sequence[Span]) -> dict[Span, VisualMemory]:
-        texts = [span.text for span in spans]
-        held = {text: latents for text in texts if (latents := self._held(text)) is not None}
-        held |= self._encode([text for text in texts if text not in held])
-        return {span: self.compressor.memory(held[span.text].float()).coarsen(span.size) for span in spans}
+        read = self._encode([span.text for span in spans])
+        return {span: self.compressor.memory(read[span.text].float()).coarsen(span.size) for span in spans}
 
     def _held(self, text: str) -> Tensor | None:
         return self._cache.get(self._key(text))
@@ -304,80 +313,44 @@ class VistReader:
 
     # ----------------------------------------------------------------------------------------------------- answering
 
-    def reply(
-        self,
-        messages: str | Sequence[Said],
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        sampling: Sampling | None = None,
-    ) -> Reply:
+    def reply(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> Reply:
         """Answer a conversation.
 
         Args:
             messages: What was said, spans included; a string is one message of the user.
-            max_new_tokens: Upper limit of the answer; None: the reader's own.
-            stop: The answer ends before any of these strings; None: the reader's own.
-            sampling: None: the most likely tokens.
+            **how: See :class:`Asking`.
         Raises:
             InputError: If there is nothing to read, it does not fit the generator's context, or its chat template
                 refuses the messages.
             ConfigError: If a number is out of range.
             IncompatibleMemoryError: If the generator's fusion was trained for another compressor.
         """
-        return self.submit(messages, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling).result()
+        return self.submit(messages, **how).result()
 
-    async def areply(
-        self,
-        messages: str | Sequence[Said],
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        sampling: Sampling | None = None,
-    ) -> Reply:
+    async def areply(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> Reply:
         """As :meth:`reply`; the event loop is free meanwhile."""
-        future = self.submit(messages, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(self.submit(messages, **how))
 
-    def submit(
-        self,
-        messages: str | Sequence[Said],
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        sampling: Sampling | None = None,
-    ) -> Future[Reply]:
+    def submit(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> Future[Reply]:
         """As :meth:`reply`, without waiting."""
-        asked = self._asked(messages, max_new_tokens, stop, sampling)
+        asked = self._asked(messages, **how)
         # What is sampled is alone in its pass, so that a seed gives the same answer in whatever company.
         key = object() if asked.sampling.temperature else (asked.max_new_tokens, asked.stop)
         return self._batcher.submit(asked, key)
 
-    def stream_reply(
-        self,
-        messages: str | Sequence[Said],
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] | None = None,
-        sampling: Sampling | None = None,
-    ) -> ReplyStream:
+    def stream_reply(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> ReplyStream:
         """As :meth:`reply`, piece by piece; a pass of its own. The stream is an iterator, also an asynchronous one."""
-        return ReplyStream(self, self._asked(messages, max_new_tokens, stop, sampling))
+        return ReplyStream(self, self._asked(messages, **how))
 
-    def _asked(
-        self,
-        messages: str | Sequence[Said],
-        max_new_tokens: int | None,
-        stop: Sequence[str] | None,
-        sampling: Sampling | None,
-    ) -> _Asked:
+    def _asked(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> _Asked:
         said = [Said("user", messages)] if isinstance(messages, str) else messages
         fingerprint = self.compressor.fingerprint
+        limit, stop = how.get("max_new_tokens"), how.get("stop")
         return _Asked(
             tuple((role, tuple(read_spans(text, fingerprint))) for role, text in said),
-            self.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            self.max_new_tokens if limit is None else limit,
             self.stop if stop is None else tuple(stop),
-            sampling or Sampling(),
+            how.get("sampling") or Sampling(),
         )
 
     def _serve(self, requests: Sequence[_Asked]) -> list[Reply]:
@@ -448,65 +421,3 @@ class ReplyStream:
                 yield piece
         finally:
             left.set()
-
-
-class _Cache:
-    """Latents, the least recently read leaving first."""
-
-    def __init__(self, max_bytes: int) -> None:
-        if max_bytes < 0:
-            raise ConfigError(f"cache_bytes must be 0 or more, got {max_bytes}.")
-        self._max, self._bytes = max_bytes, 0
-        self._held: OrderedDict[bytes, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: bytes) -> Tensor | None:
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-            return self._held.get(key)
-
-    def put(self, key: bytes, latents: Tensor) -> None:
-        size = latents.numel() * latents.element_size()
-        with self._lock:
-            if (old := self._held.pop(key, None)) is not None:
-                self._bytes -= old.numel() * old.element_size()
-            self._held[key] = latents
-            self._bytes += size
-            while self._bytes > self._max:
-                _, gone = self._held.popitem(last=False)
-                self._bytes -= gone.numel() * gone.element_size()
-
-
-def as_written(answer: str, sources: Sequence[str]) -> str:
-    """An answer of an uncased generator as the first source that has its words writes it; another one as it is."""
-    if answer != answer.lower():
-        return answer
-    found = ((source, find_span(answer, source)) for source in sources)
-    return next((source[span[0] : span[1]] for source, span in found if span), answer)
-
-
-def find_span(answer: str, text: str) -> tuple[int, int] | None:
-    """Where the words of an answer stand in a text, whatever case, accents and punctuation they are written with."""
-    words = re.findall(r"\w+", _fold(answer)[0])
-    if not words:
-        return None
-    folded, places = _fold(text)
-    match = re.search(r"(?<!\w)" + r"[\W_]*".join(map(re.escape, words)) + r"(?!\w)", folded)
-    if match is None:
-        return None
-    start, end = places[match.start()], places[match.end() - 1] + 1
-    while end < len(text) and unicodedata.combining(text[end]):
-        end += 1  # an accent that stands by itself belongs to the letter before it
-    return start, end
-
-
-def _fold(text: str) -> tuple[str, list[int]]:
-    """Lower case without accents, and where in ``text`` each character came from."""
-    folded, places = [], []
-    for i, character in enumerate(text):
-        for part in unicodedata.normalize("NFD", character.lower()):
-            if not unicodedata.combining(part):
-                folded.append(part)
-                places.append(i)
-    return "".join(folded), places

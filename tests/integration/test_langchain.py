@@ -483,7 +483,7 @@ def test_a_store_stays_and_filters(tmp_path: Path) -> None:
 
 
 def test_mmr_prefers_what_is_not_said_yet(tmp_path: Path) -> None:
-    texts = ["The bridge was built in 1867.", "The bridge was built in the year 1867.", "The ferry crosses to Hask."]
+    texts = ["The bridge was built in 1867.", "The bridge was built in the year 1867.", "The ferry crosses to Dorrel."]
     store = VistVectorStore(directory=tmp_path)
     store.add_texts(texts)
     query = "When was the bridge built?"

@@ -24,8 +24,8 @@ PASSAGES = [
         title="Velm observatory",
     ),
     Passage(
-        "The ferry between Dunmere and the island of Hask crosses four times a day. The captain is Lina Sorrel.",
-        title="Hask ferry",
+        "The ferry between Dunmere and the island of Dorrel crosses four times a day. The captain is Lina Sorrel.",
+        title="Dorrel ferry",
     ),
     Passage(
         "Every spring the people of Pellow hold a market for seeds. The oldest stall sells beans from Tarragon valley.",
@@ -36,7 +36,7 @@ QUESTIONS = [
     "When was the stone bridge at Saltharrow finished?",
     "Who designed the lighthouse on Cape Orrin?",
     "Who was the first director of the observatory of Velm?",
-    "Who is the captain of the ferry to Hask?",
+    "Who is the captain of the ferry to Dorrel?",
 ]
 
 

@@ -19,7 +19,7 @@ from vist_rag.checkpoint import find_checkpoint
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
 from vist_rag.generation import Generation
 from vist_rag.pipeline import VistRAG
-from vist_rag.reader import find_span
+from vist_rag.quoting import find_span
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Passage
 

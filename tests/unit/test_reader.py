@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from tests.unit.test_pipeline import PASSAGES, QUESTION, Counting, WordEmbedder
 from vist_rag import Budget, Passage, PassageIndex, Said, Sampling, SearchHit, VistRAG, VistReader
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
 from vist_rag.generation import MemorySegment, Message, Prompt, TextSegment, VistGenerator
-from vist_rag.reader import as_written
+from vist_rag.quoting import as_written
 
 HITS = [SearchHit(passage, 1.0 - rank / 10, rank) for rank, passage in enumerate(PASSAGES)]
 
@@ -151,6 +152,20 @@ def test_a_small_cache_forgets_what_was_read_longest_ago(parts: SimpleNamespace)
         reader.prepare([PASSAGES[0]])
         reader.prepare([PASSAGES[4]])
     assert compressor.texts == [PASSAGES[0].content, PASSAGES[4].content] * 2
+
+
+def test_many_threads_ask_for_the_same_new_passages(parts: SimpleNamespace, index: PassageIndex) -> None:
+    reader = VistReader(parts.compressor, parts.generator, index=index, max_new_tokens=3)
+    alone = VistReader(parts.compressor, parts.generator, max_new_tokens=3)
+    texts = [prompt_of(alone, [hit]) for hit in HITS] * 6
+
+    def ask(i: int) -> str:
+        reader.prepare([PASSAGES[i % len(PASSAGES)]])
+        return reader.reply(texts[i]).text
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(len(texts))))
+    assert answers == [alone.reply(text).text for text in texts]
 
 
 def test_calls_at_the_same_time_share_a_pass_and_do_not_mix(parts: SimpleNamespace) -> None:

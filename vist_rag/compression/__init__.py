@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from vist_rag.compression.cache import LatentCache
 from vist_rag.compression.compressor import PassageCompressor, VistCompressor, VistConfig
 from vist_rag.compression.memory import VisualMemory
 from vist_rag.compression.text import TextCompressor, TextCompressorConfig
@@ -11,4 +12,4 @@ AutoModel.register(VistConfig, VistCompressor)
 AutoConfig.register(TextCompressorConfig.model_type, TextCompressorConfig)
 AutoModel.register(TextCompressorConfig, TextCompressor)
 
-__all__ = ["PassageCompressor", "TextCompressor", "VistCompressor", "VistConfig", "VisualMemory"]
+__all__ = ["LatentCache", "PassageCompressor", "TextCompressor", "VistCompressor", "VistConfig", "VisualMemory"]

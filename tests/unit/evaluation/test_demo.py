@@ -6,7 +6,7 @@ import pytest
 
 from vist_rag.errors import ConfigError
 from vist_rag.evaluation import demo
-from vist_rag.reader import find_span
+from vist_rag.quoting import find_span
 
 
 def test_the_corpus_is_one_passage_a_row() -> None:

@@ -93,7 +93,8 @@ def test_stripping_leaves_the_text_alone() -> None:
 
 def test_no_marker_is_put_together_by_stripping() -> None:
     opening = f"<|vist:{'0' * 32}.1|>"
-    for nested in (f"<|/v{CLOSE}ist|>", f"<|vi{opening}st:{'1' * 32}.1|>", f"<|/v<|/v{opening}ist|>ist|>"):
+    head, tail = CLOSE[:4], CLOSE[4:]
+    for nested in (head + CLOSE + tail, f"<|vi{opening}st:{'1' * 32}.1|>", head + head + opening + tail + tail):
         bare = strip_spans(nested)
         assert CLOSE not in bare
         assert opening[:7] not in bare
