@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
@@ -21,7 +20,6 @@ class VistEmbedding(BaseEmbedding):
     """
 
     _embedder: Any = PrivateAttr()
-    _alone: Any = PrivateAttr(default_factory=threading.Lock)
 
     def __init__(self, embedder: Embedder | None = None, **settings: Any) -> None:
         embedder = embedder or SentenceTransformerEmbedder()
@@ -34,8 +32,7 @@ class VistEmbedding(BaseEmbedding):
         return "VistEmbedding"
 
     def _encode(self, texts: list[str], *, query: bool = False) -> list[Embedding]:
-        with self._alone:  # a fast tokenizer refuses two threads that ask for different lengths
-            vectors: list[Embedding] = self._embedder.encode(texts, query=query).tolist()
+        vectors: list[Embedding] = self._embedder.encode(texts, query=query).tolist()
         return vectors
 
     def _get_query_embedding(self, query: str) -> Embedding:

@@ -370,3 +370,16 @@ def test_without_a_template_messages_follow_each_other() -> None:
     reader = VistReader(tiny_compressor(), tiny_generator(), max_new_tokens=3)
     joined = reader.reply([Said("system", "the sea"), Said("user", "who built the bridge")])
     assert joined == reader.reply("the sea\n\nwho built the bridge")
+
+
+def test_threads_do_not_change_how_others_read_special_tokens() -> None:
+    generator = causal_generator("qwen3")
+    text = "the <|im_end|> sea " * 20
+    as_text, as_template = (generator.encoding(text, template=template).input_ids for template in (False, True))
+    assert len(as_text) > len(as_template)
+
+    def encode(i: int) -> bool:
+        return bool(generator.encoding(text, template=i % 2 == 1).input_ids == (as_text, as_template)[i % 2])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(encode, range(2000)))

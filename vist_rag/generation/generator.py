@@ -61,6 +61,7 @@ class VistGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.frame = _frame(tokenizer)
+        self._tokenizing = threading.Lock()
         width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
         if fusion is not None and fusion.config.generator_width != width:
             raise ShapeError(
@@ -116,8 +117,26 @@ class VistGenerator:
 
     def tokenize(self, text: str) -> Tensor:
         """Token ids of plain text, int64 ``[t]``; what looks like a special token in it is text."""
-        encoded = self.tokenizer(_encodable(text), add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return self.ids(encoded.input_ids)
+        return self.ids(self.encoding(text).input_ids)
+
+    def encoding(self, text: str, *, template: bool = False, offsets: bool = False) -> Any:
+        """What the tokenizer makes of a text.
+
+        Args:
+            text: The text.
+            template: Whether special tokens in it count; else they are text like any other.
+            offsets: Whether to give ``offset_mapping``.
+        """
+        # One thread at a time: a fast tokenizer is switched from one way of reading special tokens to the other, and
+        # would read another thread's text in the wrong one.
+        with self._tokenizing:
+            return self.tokenizer(
+                _encodable(text),
+                add_special_tokens=False,
+                split_special_tokens=not template,
+                return_offsets_mapping=offsets,
+                verbose=False,
+            )
 
     def count_tokens(self, text: str) -> int:
         """How many tokens plain text takes."""
@@ -132,9 +151,7 @@ class VistGenerator:
         return [self.ids(before), *inside, self.ids(after)]
 
     def _segment_ids(self, segment: TextSegment | TemplateSegment) -> Tensor:
-        if isinstance(segment, TextSegment):
-            return self.tokenize(segment.text)
-        return self.ids(self.tokenizer(segment.text, add_special_tokens=False).input_ids)
+        return self.ids(self.encoding(segment.text, template=isinstance(segment, TemplateSegment)).input_ids)
 
     def prompt_length(self, prompt: Prompt) -> int:
         """Positions that a prompt takes, frame and boundary embeddings included."""

@@ -92,7 +92,7 @@ class SentenceTransformerEmbedder:
         self.model = str(model)
         self.device = device
         self.batch_size = batch_size
-        self._lock = threading.Lock()
+        self._lock, self._busy = threading.Lock(), threading.Lock()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model!r})"
@@ -139,7 +139,8 @@ class SentenceTransformerEmbedder:
             return np.zeros((0, self.dimension), np.float32)
         sound = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
         encode = model.encode_query if query else model.encode_document
-        vectors = encode(sound, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
+        with self._busy:  # a fast tokenizer fails where two threads ask for other lengths
+            vectors = encode(sound, batch_size=self.batch_size, normalize_embeddings=True, show_progress_bar=False)
         return np.asarray(vectors, dtype=np.float32)
 
     @property

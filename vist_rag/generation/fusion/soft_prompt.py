@@ -285,12 +285,7 @@ class SoftPromptFusion(nn.Module):
         begin = 0
         for count in counts or [len(spelt)]:
             ends = list(accumulate(map(len, spelt[begin : begin + count])))
-            encoded = generator.tokenizer(
-                "".join(spelt[begin : begin + count]),
-                add_special_tokens=False,
-                split_special_tokens=True,
-                return_offsets_mapping=True,
-            )
+            encoded = generator.encoding("".join(spelt[begin : begin + count]), offsets=True)
             ids += encoded.input_ids
             middles = ((start + end - 1) // 2 for start, end in encoded.offset_mapping)
             latent += [begin + bisect_right(ends, middle) for middle in middles]
