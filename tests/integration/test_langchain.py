@@ -105,6 +105,10 @@ def test_several_passages_are_read_as_the_pipeline_reads_them(
     retriever = VistRetriever(index=index, k=3, llm=chat, budget=budget, best_last=True)
     chain = with_query(retriever) | VIST_PROMPT | chat
     for question in QUESTIONS:
+        asked = (with_query(retriever) | VIST_PROMPT).invoke(question).to_string()
+        read = [hit.passage.text for hit in index.search(question, 3) if hit.passage.text in asked]
+        # Raw passages come last, the best of them next to the question.
+        assert [asked.index(text) for text in read] == sorted((asked.index(text) for text in read), reverse=True)
         answer, message = rag.answer(question), chain.invoke(question)
         assert message.content == answer.text
         assert message.usage_metadata["input_tokens"] == answer.usage.prompt_tokens
