@@ -66,7 +66,7 @@ class VistContextMiddleware(AgentMiddleware[Any, Any]):
             query = str(messages[last].text)
             documents = compressor.compress_documents(self.retriever.invoke(query))
             asked = VIST_PROMPT.invoke({"query": query, "documents": documents}).to_string()
-            messages[last] = messages[last].model_copy(update={"content": asked})
+            messages[last] = messages[last].model_copy(update={"content": _with_text(messages[last].content, asked)})
         return request.override(messages=messages)
 
     def _for(self, model: Any) -> VistDocumentCompressor:
@@ -81,6 +81,14 @@ def _read(message: AnyMessage, compressor: VistDocumentCompressor) -> AnyMessage
     if not documents:
         return message
     return message.model_copy(update={"content": context(compressor.compress_documents(documents))})
+
+
+def _with_text(content: str | list[Any], text: str) -> str | list[Any]:
+    """Content of a message with another text; pictures and the like, which other models read, stay."""
+    if isinstance(content, str):
+        return text
+    others = [block for block in content if isinstance(block, dict) and block.get("type") != "text"]
+    return [{"type": "text", "text": text}, *others]
 
 
 def _documents(artifact: Any) -> list[Document]:

@@ -244,6 +244,15 @@ def test_what_a_tool_found_is_read_as_memory(
     assert not any(marker in foreign.read[-1] for marker in MARKERS)
 
 
+def test_pictures_stay_for_models_that_see_them(retriever: VistRetriever) -> None:
+    foreign, picture = Foreign(), {"type": "image_url", "image_url": {"url": "data:,"}}
+    asked = HumanMessage([{"type": "text", "text": QUESTIONS[0]}, picture])
+    with pytest.warns(UserWarning, match="cannot read memory"):
+        agent_of(foreign, retriever).invoke({"messages": [asked]})
+    assert str(picture) in foreign.read[-1]
+    assert PASSAGES[0].text in foreign.read[-1]
+
+
 # ------------------------------------------------------------------------------------------- nothing is lost on the way
 
 
