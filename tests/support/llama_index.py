@@ -84,7 +84,7 @@ class SpyingReader(VistReader):
         ]
 
     def _asked_of(self, text: str) -> Any:
-        return self._asked(text, None, None, None)
+        return self._asked(text)
 
 
 class ForeignLLM(MockLLM):
