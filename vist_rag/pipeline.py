@@ -163,7 +163,7 @@ def encode_lacking(
     lacking = index.passages(lacking=compressor.fingerprint)
     while batch := list(islice(lacking, batch_size)):
         made = compress(compressor, [passage.content for passage in batch])
-        index.put_memories(made, compressor.fingerprint, only_stored=True)
+        index.put_memories(made, compressor.fingerprint, form=compressor.memory_form, only_stored=True)
         yield made
 
 

@@ -300,7 +300,9 @@ class VistReader:
             if index is not None and not index.read_only:
                 kept = {text: latents.numpy() for text, latents in made.items()}
                 try:
-                    index.put_memories(kept, self.compressor.fingerprint, only_stored=only_stored)
+                    index.put_memories(
+                        kept, self.compressor.fingerprint, form=self.compressor.memory_form, only_stored=only_stored
+                    )
                 except StoreError as error:
                     if keep:
                         raise

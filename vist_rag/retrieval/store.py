@@ -426,7 +426,7 @@ class PassageStore:
                 if row := self._db.execute(sql, key, utf8(fingerprint)).fetchone():
                     form, n, d, latents, stored = row
                     require_intact(self._db, f"the memory of {text[:40]!r}", stored, key, fingerprint, *row[:-1])
-                    found[text] = codec.decode(latents, form, n, d)
+                    found[text] = codec.decode(latents, form, n, d).astype(np.float16)
         return found
 
     def delete_memories(self, texts: Iterable[str] | None = None, *, fingerprint: str | None = None) -> int:
