@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vist_rag.codec import DEFAULT_FORM, FORMS, decode, encode
 from vist_rag.compression import VisualMemory
-from vist_rag.compression.codec import DEFAULT_FORM, FORMS, decode, encode
 from vist_rag.evaluation.datasets import load_questions
 from vist_rag.evaluation.methods import EvalModel, Memory, budget_of
 from vist_rag.evaluation.metrics import bootstrap_interval, paired_difference

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
-from vist_rag.compression.codec import DEFAULT_FORM, check_form
+from vist_rag.codec import DEFAULT_FORM, check_form
 from vist_rag.compression.memory import VisualMemory
 from vist_rag.compression.referenced import load_tower
 from vist_rag.compression.resampler import PerceiverResampler, windows_of_text
@@ -40,7 +40,7 @@ class VistConfig(PreTrainedConfig):
         atlas: Sizes of the glyph atlas that the checkpoint holds: ``glyphs``, ``width``, ``codepoints``, ``origin``.
         tower_reference: Fields of the ``Reference`` that the tower's weights come from; None: from the checkpoint. A
             model in memory holds all its weights, so there it is None.
-        memory_form: How its memories are stored where an index does not say (``vist_rag.compression.codec``): the
+        memory_form: How its memories are stored where an index does not say (``vist_rag.codec``): the
             smallest form that was measured to answer as well. No part of the fingerprint.
     """
 

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
+from vist_rag import codec
 from vist_rag.batching import MicroBatcher
-from vist_rag.compression import codec
 from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
 from vist_rag.retrieval.database import is_writable
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, Embedder, SentenceTransformerEmbedder
@@ -69,7 +69,7 @@ class PassageIndex:
             embedder: None is the one that the index was made with, all-MiniLM-L6-v2 for a new one.
             index_factory: A FAISS factory string; None is the one that the index was made with, ``Flat`` (exact) for a
                 new one. Another one than before has the cache built anew.
-            memory_form: How memories are stored from now on: one of :data:`vist_rag.compression.codec.FORMS`; None is
+            memory_form: How memories are stored from now on: one of :data:`vist_rag.codec.FORMS`; None is
                 what was chosen before, else the form that is good for the compressor that makes them. Those that are
                 stored stay as they are and are read as before; ``vist-rag reindex`` makes them anew.
             read_only: Never write; the index must exist.
@@ -285,7 +285,7 @@ class PassageIndex:
         """Store memories in this form from now on; those that are stored are read as before.
 
         Args:
-            form: One of :data:`vist_rag.compression.codec.FORMS`.
+            form: One of :data:`vist_rag.codec.FORMS`.
         Raises:
             ConfigError: If there is no such form.
             StoreError: If the index is read-only or locked.

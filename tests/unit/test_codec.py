@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.support.tiny import tiny_compressor, tiny_generator
-from vist_rag.compression.codec import DEFAULT_FORM, FORMS, check_form, decode, encode, size_bytes
+from vist_rag.codec import DEFAULT_FORM, FORMS, check_form, decode, encode, size_bytes
 from vist_rag.errors import ConfigError, IncompatibleMemoryError, InputError, StoreError
 from vist_rag.generation import SoftPromptFusion
 
