@@ -77,7 +77,8 @@ class Reply:
 
     Attributes:
         text: The answer.
-        usage: ``origin_tokens`` and ``compressed_tokens`` are of the passages that came as spans.
+        usage: ``origin_tokens`` and ``compressed_tokens`` are of the passages that came as spans, text around them not
+            counted; ``budget`` is None: a limit was met when they were marked.
     """
 
     text: str

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tests.support.cli import failure, not_writable, run, run_json, word_embedder
 from tests.support.tiny import save_tiny_checkpoint
-from vist_rag.budget import POLICIES
+from vist_rag.budget import POLICIES, Budget
 from vist_rag.cli.answers import answer_json, best_citation, cited_sentence
+from vist_rag.cli.ask import chosen_budget
 from vist_rag.pipeline import VistRAG
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Answer, Citation, Passage, Usage
@@ -68,6 +72,14 @@ def test_how_passages_are_read_is_a_choice(tiny: Path, index: Path) -> None:
     assert full["budget"] is None
     tight = run_json("ask", QUESTION, "--index", index, "--model", tiny, "--budget", 7)["usage"]
     assert (tight["compressed_tokens"], tight["budget"]) == (7, 7)
+
+
+def test_a_limit_that_is_asked_for_takes_the_place_of_the_checkpoint_s() -> None:
+    for own in (Budget(k_memory=2, tokens=30), Budget(k_memory=2, rate=0.3)):
+        rag: Any = SimpleNamespace(budget=own, index=TEXTS)
+        assert chosen_budget(rag, rate=0.5) == Budget(k_memory=2, rate=0.5)
+        assert chosen_budget(rag, tokens=9) == Budget(k_memory=2, tokens=9)
+        assert chosen_budget(rag, policy="by_rank") == replace(own, policy="by_rank")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
