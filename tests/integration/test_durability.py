@@ -9,6 +9,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,17 +23,27 @@ def chaos() -> ModuleType:
     return load_benchmark("chaos")
 
 
+def run(name: str, *arguments: str) -> dict[str, Any]:
+    """What a benchmark prints as JSON; run as people run it, since it starts processes of its own."""
+    command = [sys.executable, FOLDER / f"{name}.py", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert done.stdout, done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
 def test_kills_at_random_moments_lose_nothing() -> None:
-    done = subprocess.run(
-        [sys.executable, FOLDER / "chaos.py", "--kills", "12", "--seed", "1", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    result = json.loads(done.stdout)
-    assert (done.returncode, result["failures"]) == (0, [])
+    result = run("chaos", "--kills", "12", "--seed", "1")
+    assert result["failures"] == []
     assert sum(result["killed_while"].values()) == 12
+
+
+def test_many_ask_while_another_process_writes() -> None:
+    result = run("soak", "--seconds", "3", "--askers", "8")
+    for what in ("wrong_answers", "errors", "writer_error", "problems_afterwards"):
+        assert not result[what], result[what]
+    assert result["answers"] > 8
+    assert result["writer_batches"] > 0
 
 
 def filled(chaos: ModuleType, directory: Path) -> tuple[object, object]:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ from numpy.typing import NDArray
 from tests.support.tiny import save_tiny_checkpoint, tiny_compressor
 from vist_rag.budget import POLICIES, Budget, Policy
 from vist_rag.checkpoint import find_checkpoint
-from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
+from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError, StoreError
 from vist_rag.generation import Generation
 from vist_rag.pipeline import VistRAG
 from vist_rag.quoting import find_span
 from vist_rag.retrieval import PassageIndex
-from vist_rag.types import Passage
+from vist_rag.types import Answer, Passage
 
 PASSAGES = [
     Passage("The old bridge was built in 1867 by Marie Curie.", title="The bridge"),
@@ -319,6 +321,41 @@ def test_no_memory_is_kept_for_a_text_that_was_replaced_meanwhile(rag: VistRAG, 
     rag.compressor = Slow(parts.compressor)  # type: ignore[assignment]
     assert rag.answer(QUESTION, budget=Budget(k_memory=1)).citations[0].passage == best
     assert rag.index.memories([best.content], parts.compressor.fingerprint) == {}
+
+
+def test_a_store_that_cannot_be_written_costs_no_answer(rag: VistRAG, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = rag.answer(QUESTION).text
+
+    def full(*_: Any, **__: Any) -> int:
+        raise StoreError("passages.sqlite cannot grow, the disk is full")
+
+    monkeypatch.setattr(rag.index, "put_memories", full)
+    fresh = VistRAG(rag.index, tiny_compressor(), rag.generator, budget=rag.budget, max_new_tokens=rag.max_new_tokens)
+    rag.index.delete_memories(fingerprint=fresh.compressor.fingerprint)
+    with pytest.warns(UserWarning, match=r"Memories were made and could not be kept\. .*the disk is full"):
+        assert fresh.answer(QUESTION).text == expected
+    with pytest.raises(StoreError, match="the disk is full"):  # whoever asks for them to be kept is told
+        fresh.prepare(PASSAGES, keep=True)
+
+
+def test_questions_of_several_threads_share_a_pass(rag: VistRAG, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, sizes = rag.answer(QUESTION).text, []
+    answer_batch = rag.answer_batch
+    monkeypatch.setattr(
+        rag, "answer_batch", lambda asked, **how: sizes.append(len(asked)) or answer_batch(asked, **how)
+    )
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: rag.answer(QUESTION).text, range(32)))
+    assert answers == [expected] * 32
+    assert sum(sizes) == 32
+    assert len(sizes) < 32
+
+
+async def test_aanswer_answers_and_one_bad_question_fails_alone(rag: VistRAG) -> None:
+    good, bad = await asyncio.gather(rag.aanswer(QUESTION), rag.aanswer(" "), return_exceptions=True)
+    assert isinstance(good, Answer)
+    assert good.text == rag.answer(QUESTION).text
+    assert isinstance(bad, InputError)
 
 
 # ---------------------------------------------------------------------------------------------------------- citations
