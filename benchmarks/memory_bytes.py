@@ -7,8 +7,7 @@ Questions with the passage that answers them, answered from its memory in every 
 form and taken out again, read at 2.3 and 4.6 times fewer positions than the text has tokens. All forms answer the same
 questions, so what differs is told by paired tests against float16. Beside the forms that ship, ways that do not:
 
-- ``row-int8``, ``row-int4``: one scale a latent, in the place of the two ends of each column;
-- ``group-int4``: one scale for each 32 numbers of a latent;
+- ``row-int4``: one scale a latent, in the place of the two ends of each column;
 - ``pca``: a learned basis (the principal components of 200 training passages), its coefficients in as many bits as they
   vary. Its basis would have to be kept beside the compressor.
 
@@ -83,27 +82,20 @@ def shipped(form: str) -> Form:
     return Form(stored, shipped=True)
 
 
-def scaled(bits: int, group: int | None = None) -> Form:
-    """Whole numbers of ``bits`` bits times one scale, float16, for each ``group`` numbers of a latent (None: for all).
+def scaled(bits: int) -> Form:
+    """Whole numbers of ``bits`` bits times one scale, float16, for each latent.
 
     The scale is the best of fifteen: what is largest may be cut.
     """
     top = 2 ** (bits - 1) - 1
 
     def stored(latents: Latents) -> tuple[Latents, int]:
-        n, d = latents.shape
-        width = group or d
-        groups = np.pad(latents, ((0, 0), (0, -d % width))).reshape(-1, width)
-        largest = np.maximum(np.abs(groups).max(1, keepdims=True), 1e-6)
-        tried = [
-            np.clip(np.rint(groups / step), -top, top) * step
-            for step in (
-                (largest * share / top).astype(np.float16).astype(np.float32) for share in np.arange(20, 5, -1) / 20
-            )
-        ]
-        best = np.argmin([((one - groups) ** 2).sum(1) for one in tried], axis=0)
-        found = np.stack(tried)[best, np.arange(len(groups))]
-        return found.reshape(n, -1)[:, :d], -(-n * d * bits // 8) + 2 * len(groups)
+        largest = np.maximum(np.abs(latents).max(1, keepdims=True), 1e-6)
+        steps = [(largest * share / top).astype(np.float16).astype(np.float32) for share in np.arange(20, 5, -1) / 20]
+        tried = [np.clip(np.rint(latents / step), -top, top) * step for step in steps]
+        best = np.argmin([((one - latents) ** 2).sum(1) for one in tried], axis=0)
+        taken = -(-latents.size * bits // 8) + 2 * len(latents)
+        return np.stack(tried)[best, np.arange(len(latents))], taken
 
     return Form(stored)
 
@@ -144,7 +136,7 @@ def training_latents(model: EvalModel, data: Path) -> list[Latents]:
 def forms_of(names: Sequence[str] | None, model: EvalModel, data: Path) -> dict[str, Form]:
     """The forms asked for, or all of them; the basis is learned only where it is needed."""
     forms = {name: shipped(name) for name in FORMS}
-    forms |= {"row-int8": scaled(8), "row-int4": scaled(4), "group-int4": scaled(4, 32)}
+    forms["row-int4"] = scaled(4)
     if names is None or "pca" in names:
         forms["pca"] = principal(training_latents(model, data), 0.08)
     return forms if names is None else {name: forms[name] for name in names}
@@ -257,7 +249,7 @@ def main() -> None:
     cells: list[dict[str, Any]] = []
     for rate in RATES:
         for name, form in forms.items():
-            if rate > RATES[0] and not form.shipped:
+            if rate > RATES[0] and name not in ("float16", DEFAULT_FORM):
                 continue
             stored = {content: form.stored(x) for content, x in latents.items()}
             if (name, rate) not in done:
