@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -115,7 +116,18 @@ def any_file(rng: random.Random) -> bytes:
         data = "\n".join(_row(rng) for _ in range(rng.randrange(8))).encode("utf-8", "surrogatepass")
     elif kind == 3:
         tags = ["<p>", "</p>", "<h1>", "</h2>", "<script>", "<!--", "-->", "<![CDATA[", "<table><tr>", "&#x110000;"]
-        tags += ["&amp", "&#0;", "<meta charset=", "<meta charset='rot13'>", "<a b='", "<?", "<!", "</", "<title>"]
+        tags += [
+            "&amp",
+            "&#0;",
+            "<meta charset=",
+            "<meta charset='rot13'>",
+            "<meta charset=undefined>",
+            "<a b='",
+            "<?",
+            "<!",
+            "</",
+            "<title>",
+        ]
         data = "".join(rng.choice(tags) + any_text(rng)[:20] for _ in range(rng.randrange(40))).encode(
             "utf-8", "ignore"
         )
@@ -136,6 +148,10 @@ def _row(rng: random.Random) -> str:
 
 def files_case(folder: Path) -> Case:
     """Read a file."""
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    (folder / "first.pdf").write_bytes(b"")
+    with suppress(VistError):
+        list(read_passages([folder / "first.pdf"]))  # which loads a library: not a matter of any case
 
     def case(rng: random.Random) -> None:
         path = folder / f"file{rng.choice(['.txt', '.md', '.jsonl', '.html', '.htm', '.pdf', '.JSONL', '.bin'])}"
@@ -176,9 +192,7 @@ def searched(folder: Path) -> Iterator[Case]:
         index.add([Passage(any_text(rng) + f" {i}", id=f"p{i}\x00{any_text(rng)[:5]}") for i in range(50)])
 
         def case(rng: random.Random) -> None:
-            query: Any = (
-                any_text(rng) * rng.choice((1, 1, 1, 20)) if rng.random() > 0.02 else rng.choice([None, 3, b"q"])
-            )
+            query = any_text(rng) * rng.choice((1, 1, 1, 20))
             top_k: Any = rng.choice([1, 3, 50, 51, 0, -1, 10**12])
             hits = index.search(query, top_k)
             require(len(hits) == top_k, f"asked {top_k} hits, got {len(hits)}")
