@@ -186,6 +186,21 @@ def speed(form: str) -> dict[str, float]:
     }
 
 
+def table(result: Mapping[str, Any]) -> str:
+    """The figures as docs/explanation/memory-size.md shows them."""
+    lines = ["| form | read at | EM | against float16 [95 %] | KiB a passage | with vector and text |"]
+    lines.append("|---|---|---|---|---|---|")
+    for cell in result["cells"]:
+        test = cell["against_float16"]
+        low, high = (f"{100 * bound:+.1f}" for bound in test["difference_95"])
+        against = "" if cell["form"] == "float16" else f"{100 * test['difference']:+.1f} [{low}, {high}]"
+        kept, total = cell["memory_bytes"] / 1024, cell["total_bytes"] / 1024
+        lines.append(
+            f"| `{cell['form']}` | {cell['rate']}x | {100 * cell['em']:.1f} | {against} | {kept:.1f} | {total:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def plot(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
     """EM against bytes a passage, a line of shipped forms for each rate."""
     import matplotlib
