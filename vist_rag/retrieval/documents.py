@@ -135,8 +135,9 @@ def decode(data: bytes, where: str, encoding: str = "utf-8-sig") -> str:
     try:
         text = data.decode(encoding)
     except UnicodeError as error:  # a few codecs do not say where
-        known = isinstance(error, UnicodeDecodeError)
-        what = f"{error.encoding}: byte {data[error.start]:#04x} at {error.start}" if known else f"{encoding}: {error}"
+        what = f"{encoding}: {error}"
+        if isinstance(error, UnicodeDecodeError):
+            what = f"{error.encoding}: byte {data[error.start]:#04x} at {error.start}"
         raise InputError(f"{where} is not {what}; convert it to UTF-8 (iconv -f ENCODING -t utf-8).") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
