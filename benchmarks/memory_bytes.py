@@ -4,9 +4,9 @@
     python benchmarks/memory_bytes.py --data DIR --json --split test --forms float16,int8,int3
 
 Questions with the passage that answers them, answered from its memory in every stored form: encoded once, put in the
-form and taken out again, read at 2.3 times fewer positions than the text has
-tokens (on development questions at 4.6 times, too). All forms answer the same
-questions, so what differs is told by paired tests against float16. Beside the forms that ship, ways that do not:
+form and taken out again, read at 2.3 times fewer positions than the text has tokens (development questions at 4.6
+times, too). All forms answer the same questions, so what differs is told by paired tests against float16. Beside the
+forms that ship, ways that do not:
 
 - ``row-int4``: one scale a latent, in the place of the two ends of each column;
 - ``pca``: a learned basis (the principal components of 200 training passages), its coefficients in as many bits as they
@@ -227,9 +227,9 @@ def plot(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
                 label=f"read at {rate}x" + ("" if kept else ", not shipped"),
             )  # fmt: skip
             if rate == RATES[0]:
-                for place, (a, b, _, name) in enumerate(some):
-                    drop = 10 if kept else -16 - 9 * (place % 2)
-                    axes.annotate(name, (a, b), xytext=(5, drop), textcoords="offset points", fontsize=8.5)
+                for a, b, _, name in some:
+                    offset, side = ((5, 10), "left") if kept else ((0, -36), "center")
+                    axes.annotate(name, (a, b), offset, textcoords="offset points", fontsize=8.5, ha=side)
     axes.axvline(16, color="#6b6b6b", linestyle=":", linewidth=1)
     axes.set(xscale="log", xlabel="memory of a passage (KiB, mean)", ylabel="EM (%)")
     axes.set_xticks([4, 8, 16, 32, 64], labels=["4", "8", "16", "32", "64"])

@@ -26,7 +26,7 @@ FORMS: Mapping[str, int] = MappingProxyType({"float16": 16, "int8": 8, "int4": 4
 """Forms of a stored memory, and the bits that each number takes."""
 
 DEFAULT_FORM = "int3"
-"""The smallest form within a point of float16's exact match (``benchmarks/memory_bytes.py``)."""
+"""The smallest form within a point of float16's EM on development questions (``benchmarks/memory_bytes.py``)."""
 
 
 def size_bytes(form: str, n: int, d: int) -> int:
