@@ -514,6 +514,8 @@ def _length(passages: Iterable[Passage]) -> int | None:
 
 
 def _check_query(query: str) -> None:
+    if not isinstance(query, str):
+        raise InputError(f"The question must be a string, got {type(query).__name__}; give its text.")
     if not query.strip():
         raise InputError("The question is empty; ask something.")
     if len(query) > MAX_QUESTION_CHARS:
