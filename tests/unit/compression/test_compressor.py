@@ -335,3 +335,43 @@ def test_blank_patches_change_nothing_unless_an_ablation_reads_them() -> None:
     assert seen.shape == alone.shape  # blank windows still have no latents
     assert (seen - alone).abs().max() > 1e-3
     assert masked.fingerprint != read.fingerprint
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_pages_of_a_pass_are_neighbours_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor, masks = tiny_compressor(), []
+    forward = compressor.forward
+    monkeypatch.setattr(compressor, "forward", lambda pixels, mask: masks.append(mask) or forward(pixels, mask))
+    texts = [letter * n for n in (5, 90, 40, 41, 6, 200, 39, 7) for letter in ("i", "W")]  # alike in characters only
+    compressor.encode(texts, batch_size=1)
+    lengths = [mask.sum(1).clamp(min=1).tolist() for mask in masks]
+    assert [n for some in lengths for n in some] == sorted(compressor.renderer.count_patches(texts))
+    page = masks[0].shape[1]
+    assert all(len(some) * max(some) <= page for some in lengths)  # a full page's patches, not one page
+    # Nothing that would fit is left for the next pass.
+    assert all((len(some) + 1) * after[0] > page for some, after in zip(lengths, lengths[1:], strict=False))
+    assert len(lengths) < len(texts) / 2
+
+
+def test_long_texts_are_rendered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor, rendered = tiny_compressor(), []
+    renderer = compressor.renderer
+    render = renderer.render
+    monkeypatch.setattr(renderer, "render", lambda texts: rendered.append(list(texts)) or render(texts))
+    monkeypatch.setattr("vist_rag.compression.compressor._RENDERED_CHARACTERS", 1000)
+    monkeypatch.setattr("vist_rag.compression.compressor._RENDERED_TEXTS", 3)
+    compressor.encode([LONG, *["a"] * 7, LONG, "b" * 2000])
+    assert [[len(text) for text in some] for some in rendered] == [[1] * 3, [1] * 3, [1], [len(LONG)], [len(LONG)], [2000]]
+
+
+def test_memories_of_one_pass_and_of_many_are_the_same_to_rounding(compressor: VistCompressor) -> None:
+    """Whatever shares a pass: alone, with neighbours in length, and through the plain forward of all pages."""
+    pages = compressor.renderer.render(TEXTS)
+    with torch.no_grad():
+        latents, standing = compressor(pages.pixel_values, pages.patch_mask)
+    plain = [torch.cat([latents[p][standing[p]] for p in (pages.text_ids == i).nonzero()]) for i in range(len(TEXTS))]
+    for batch_size in (None, 1, 100):
+        for memory, wanted in zip(compressor.encode(TEXTS, batch_size=batch_size), plain, strict=True):
+            torch.testing.assert_close(memory.latents, wanted, atol=1e-5, rtol=1e-4)
