@@ -165,6 +165,10 @@ def measure(compressor: VistCompressor, texts: Sequence[str], rounds: int, parts
             parts[name].append(value / whole)
     flop = flops(products.counts)
     held = int(pages.patch_mask.sum())
+    width = compressor.resampler.feature_width  # type: ignore[union-attr]
+    into = compressor.resampler_config.width
+    # Once a pass: the layer that every patch goes through on its way into the resampler.
+    computed = sum(s[0] * n for (_, s, _), n in products.counts.items() if s[1:] == (width, into))
     share = np.array(bare_s) / np.array(encode_s)
     render = median_95(np.array(parts["render"]))
     return {
@@ -172,6 +176,7 @@ def measure(compressor: VistCompressor, texts: Sequence[str], rounds: int, parts
         "passages": len(texts),
         "pages": len(pages),
         "patches_of_text": held,
+        "patches_computed": computed,
         "rounds": rounds,
         "passages_per_s": median_95(len(texts) / np.array(encode_s)),
         "bare_products_passages_per_s": median_95(len(texts) / np.array(bare_s)),
@@ -188,3 +193,55 @@ def median_95(values: np.ndarray) -> dict[str, Any]:
     draws = np.random.default_rng(0).choice(values, (2000, len(values)))
     low, high = np.percentile(np.median(draws, axis=1), (2.5, 97.5))
     return {"median": round(float(np.median(values)), 4), "95": [round(float(low), 4), round(float(high), 4)]}
+
+
+def vit_l(dtype: torch.dtype, device: str) -> VistCompressor:
+    """A compressor around a tower of the shape of ViT-L/14, its weights random."""
+    torch.manual_seed(0)
+    atlas = GlyphAtlas.load(Path(vist_rag.__file__).parent / "assets" / "noto-sans-10px.safetensors")
+    sizes = ResamplerConfig(latents_per_page=64, width=1024, heads=16, layers=2)
+    return VistCompressor.build(VIT_L, atlas, resampler=sizes).eval().to(device, dtype)
+
+
+def main() -> None:
+    """Measure, and print or write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--passages", type=int, help="of the demo corpus, for the embedded compressor; all if left out")
+    parser.add_argument("--large-passages", type=int, default=16, help="for the tower of the shape of ViT-L/14; 0: none")
+    parser.add_argument("--rounds", type=int, default=10, help="alternating rounds (10; 3 of the large tower)")
+    parser.add_argument("--threads", type=int, help="of PyTorch; its own choice if left out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--output", type=Path, help="write the JSON there, too")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    texts = [passage.content for passage in demo_passages()]
+    own = load_compressor(find_checkpoint(None), device=arguments.device)
+    found = {"embedded": measure(own, texts[: arguments.passages], arguments.rounds, parts_rounds=3)}
+    some = texts[: arguments.large_passages]
+    for dtype in (torch.float32, torch.bfloat16) if some else ():
+        large = vit_l(dtype, arguments.device)
+        found[f"vit-l-14 {dtype}".replace("torch.", "")] = measure(large, some, min(3, arguments.rounds), parts_rounds=1)
+    result = {
+        "benchmark": "encode",
+        **run_facts("python benchmarks/encode.py --json"),
+        "device": arguments.device,
+        "threads": torch.get_num_threads(),
+        "measured": found,
+    }
+    text = json.dumps(result, indent=2)
+    if arguments.output:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    if arguments.json:
+        print(text)
+        return
+    for name, one in found.items():
+        share, render = one["share_of_bare"], one["render_share"]
+        print(f"{name}: {one['passages_per_s']['median']} passages a second, {one['parts']}")
+        print(f"  {share['median']:.0%} {share['95']} of the bare products' rate (limit {SHARE:.0%})")
+        print(f"  rendering: {render['median']:.1%} of the time (limit {RENDER_SHARE:.0%})")
+
+
+if __name__ == "__main__":
+    main()
