@@ -207,7 +207,9 @@ def main() -> None:
     """Measure, and print or write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--passages", type=int, help="of the demo corpus, for the embedded compressor; all if left out")
-    parser.add_argument("--large-passages", type=int, default=16, help="for the tower of the shape of ViT-L/14; 0: none")
+    parser.add_argument(
+        "--large-passages", type=int, default=16, help="for the tower of the shape of ViT-L/14; 0: none"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="alternating rounds (10; 3 of the large tower)")
     parser.add_argument("--threads", type=int, help="of PyTorch; its own choice if left out")
     parser.add_argument("--device", default="cpu")
@@ -222,7 +224,9 @@ def main() -> None:
     some = texts[: arguments.large_passages]
     for dtype in (torch.float32, torch.bfloat16) if some else ():
         large = vit_l(dtype, arguments.device)
-        found[f"vit-l-14 {dtype}".replace("torch.", "")] = measure(large, some, min(3, arguments.rounds), parts_rounds=1)
+        found[f"vit-l-14 {dtype}".replace("torch.", "")] = measure(
+            large, some, min(3, arguments.rounds), parts_rounds=1
+        )
     result = {
         "benchmark": "encode",
         **run_facts("python benchmarks/encode.py --json"),

@@ -204,7 +204,9 @@ class PassageCompressor(PreTrainedModel):
             with tqdm(total=len(texts), desc="compressing", unit=" passages", disable=not progress) as bar:
                 for some in _rendered_together(texts):
                     pages = self.renderer.render([texts[i] for i in some])
-                    for text_id, page in zip(pages.text_ids.tolist(), self._page_latents(pages, batch_size), strict=True):
+                    for text_id, page in zip(
+                        pages.text_ids.tolist(), self._page_latents(pages, batch_size), strict=True
+                    ):
                         latents[some[text_id]].append(page)
                     bar.update(len(some))
         finally:

@@ -108,7 +108,6 @@ class TokenRenderer:
             coverage=torch.ones(len(texts)),
         )
 
-
     def count_patches(self, texts: Sequence[str]) -> list[int]:
         """Tokens on each page of the texts."""
         return [int(n) for n in self.render(texts).patch_mask.sum(1)]

@@ -363,7 +363,14 @@ def test_long_texts_are_rendered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("vist_rag.compression.compressor._RENDERED_CHARACTERS", 1000)
     monkeypatch.setattr("vist_rag.compression.compressor._RENDERED_TEXTS", 3)
     compressor.encode([LONG, *["a"] * 7, LONG, "b" * 2000])
-    assert [[len(text) for text in some] for some in rendered] == [[1] * 3, [1] * 3, [1], [len(LONG)], [len(LONG)], [2000]]
+    assert [[len(text) for text in some] for some in rendered] == [
+        [1] * 3,
+        [1] * 3,
+        [1],
+        [len(LONG)],
+        [len(LONG)],
+        [2000],
+    ]
 
 
 def test_memories_of_one_pass_and_of_many_are_the_same_to_rounding(compressor: VistCompressor) -> None:

@@ -164,7 +164,9 @@ def test_conversations_reuse_their_history() -> None:
     assert any(isinstance(segment, TemplateSegment) for segment in prompt.segments)
     with read(generator) as taken:
         answers = generator.generate([prompt], max_new_tokens=6)
-    before = generator.prompt_length(Prompt(prompt.segments[: prompt.segments.index(turns[1].segments[0]) + 1], framed=True))
+    before = generator.prompt_length(
+        Prompt(prompt.segments[: prompt.segments.index(turns[1].segments[0]) + 1], framed=True)
+    )
     assert taken == [generator.prompt_length(prompt) - before]
     assert answers == uncached(generator).generate([prompt], max_new_tokens=6)
 
@@ -183,7 +185,9 @@ def test_streaming_and_sampling_reuse_it_too(generator: VistGenerator) -> None:
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 1}, {"use_cache": False}])
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 1}, {"use_cache": False}]
+)
 def test_what_arranges_the_cache_itself_does_without(generator: VistGenerator, options: dict[str, Any]) -> None:
     prompts = [ask(QUESTIONS[0], 1, 2)]
     generator.generate(prompts, max_new_tokens=1)

@@ -294,9 +294,7 @@ class SoftPromptFusion(nn.Module):
         return show(torch.tensor(ids, dtype=torch.long), at, size).to(latents.device)
 
     @contextmanager
-    def condition(
-        self, generator: VistGenerator, prompts: list[Prompt], *, skip: int = 0
-    ) -> Iterator[dict[str, Any]]:
+    def condition(self, generator: VistGenerator, prompts: list[Prompt], *, skip: int = 0) -> Iterator[dict[str, Any]]:
         """Keyword arguments of ``generate`` for a batch of prompts: left-padded embeddings and their mask.
 
         Leaves no state anywhere, so there is nothing to clean up after an exception.
