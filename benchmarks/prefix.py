@@ -27,7 +27,8 @@ from vist_rag.generation import PromptTemplate, SoftPromptFusion, VistGenerator
 
 AT_LEAST = 2.0
 MEMORIES, LATENTS, WIDTH = 10, 64, 256
-WORDS = "which month does the keeper of lighthouse write down in red ink and when was lamp replaced by whom".split()
+_QUESTION = "which month does the keeper of lighthouse write down in red ink and when was lamp replaced by whom"
+WORDS = _QUESTION.split()
 
 
 def generators(layers: int, width: int, device: str) -> tuple[VistGenerator, VistGenerator]:

@@ -30,7 +30,7 @@ _NO_SETTING = frozenset({"architectures", "dtype", "transformers_version"})
 """Fields of a tower's config that change no feature."""
 _BATCH_ON_CPU, _BATCH = 8, 32
 """Full pages in a forward pass (``benchmarks/encode.py``)."""
-_RENDERED_TEXTS, _RENDERED_CHARACTERS = 256, 150_000
+_RENDERED_TEXTS, _RENDERED_CHARACTERS = 128, 75_000
 """Texts whose pages are held at a time, and their length: a page of 200 kB takes some 600 characters."""
 
 
@@ -204,9 +204,8 @@ class PassageCompressor(PreTrainedModel):
             with tqdm(total=len(texts), desc="compressing", unit=" passages", disable=not progress) as bar:
                 for some in _rendered_together(texts):
                     pages = self.renderer.render([texts[i] for i in some])
-                    for text_id, page in zip(
-                        pages.text_ids.tolist(), self._page_latents(pages, batch_size), strict=True
-                    ):
+                    read = self._page_latents(pages, batch_size)
+                    for text_id, page in zip(pages.text_ids.tolist(), read, strict=True):
                         latents[some[text_id]].append(page)
                     bar.update(len(some))
         finally:
@@ -238,11 +237,12 @@ class PassageCompressor(PreTrainedModel):
 
 
 def _rendered_together(texts: Sequence[str]) -> Iterator[list[int]]:
-    """Which texts are rendered at a time: neighbours in length, as many as take some 50 MB."""
+    """Which texts are rendered at a time: neighbours in length, as many as take some 25 MB."""
     some: list[int] = []
     characters = 0
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
-        if some and characters + len(texts[i]) > _RENDERED_CHARACTERS or len(some) == _RENDERED_TEXTS:
+        full = some and characters + len(texts[i]) > _RENDERED_CHARACTERS
+        if full or len(some) == _RENDERED_TEXTS:
             yield some
             some, characters = [], 0
         some.append(i)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 _LEAST = 16
 """Positions that are worth a lookup."""
 _SAFE_OPTIONS = frozenset(
-    {"do_sample", "temperature", "top_k", "top_p", "min_p", "logits_processor", "suppress_tokens"}
+    ("do_sample", "temperature", "top_k", "top_p", "min_p", "logits_processor", "suppress_tokens")
+    + ("eos_token_id", "pad_token_id", "min_new_tokens", "bad_words_ids")
 )
-_SAFE_OPTIONS |= frozenset({"eos_token_id", "pad_token_id", "min_new_tokens", "bad_words_ids"})
-"""What ``generate`` may be given beside: others (beams, other caches, assistants) arrange the cache in their own way."""
+"""What ``generate`` may be given beside: others (beams, caches, assistants) arrange the cache in their own way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class PrefixCache:
         """
         places = mask[0].nonzero().squeeze(1)  # of the prompt, padding left out
         for prefix in prefixes:
-            layers = [(layer.keys, layer.values) for layer in cache.layers]
+            layers = [(layer.keys, layer.values) for layer in cast(list[Any], cache.layers)]
             at = places[: prefix.length]
             states = torch.stack([torch.stack((keys[0, :, at], values[0, :, at])) for keys, values in layers])
             if states.nbytes <= self.max_bytes:
@@ -177,14 +177,14 @@ def goes_on(model: PreTrainedModel) -> bool:
     if "shown" in takes or any(kind in repr(rope) for kind in ("dynamic", "longrope")):
         return False
     table = model.get_input_embeddings()
-    embeds = table(torch.arange(8, device=model.device) % table.weight.shape[0])[None]
+    embeds = table(torch.arange(8, device=model.device) % cast(Tensor, table.weight).shape[0])[None]
     mask = torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1, 1]], device=model.device)
     places = (mask.cumsum(1) - 1)[:, 4:]
     try:
         whole = model(inputs_embeds=embeds).logits[0, 4:].float()
         cache = DynamicCache(config=config)
         model(inputs_embeds=embeds[:, :4], past_key_values=cache, use_cache=True)
-        if not all(type(layer) is DynamicLayer and layer.keys.shape[2] == 4 for layer in cache.layers):
+        if not all(type(layer) is DynamicLayer and layer.get_seq_length() == 4 for layer in cache.layers):
             return False
         padded = torch.cat((torch.zeros_like(embeds[:, :2]), embeds[:, 4:]), dim=1)
         own = {"position_ids": places} if "position_ids" in takes else {}

@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ def test_pages_of_a_pass_are_neighbours_in_length(monkeypatch: pytest.MonkeyPatc
     page = masks[0].shape[1]
     assert all(len(some) * max(some) <= page for some in lengths)  # a full page's patches, not one page
     # Nothing that would fit is left for the next pass.
-    assert all((len(some) + 1) * after[0] > page for some, after in zip(lengths, lengths[1:], strict=False))
+    assert all((len(some) + 1) * after[0] > page for some, after in pairwise(lengths))
     assert len(lengths) < len(texts) / 2
 
 

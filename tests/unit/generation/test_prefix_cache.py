@@ -185,9 +185,7 @@ def test_streaming_and_sampling_reuse_it_too(generator: VistGenerator) -> None:
     assert drawn[0] == drawn[1]
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 1}, {"use_cache": False}]
-)
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"use_cache": False}])
 def test_what_arranges_the_cache_itself_does_without(generator: VistGenerator, options: dict[str, Any]) -> None:
     prompts = [ask(QUESTIONS[0], 1, 2)]
     generator.generate(prompts, max_new_tokens=1)
@@ -209,10 +207,9 @@ def change_fusion(generator: VistGenerator) -> None:
 @pytest.mark.parametrize("change", [change_model, change_fusion])
 def test_other_weights_read_anew(generator: VistGenerator, change: Any) -> None:
     prompt = ask(QUESTIONS[0], 1, 2)
-    before = generator.generate([prompt], max_new_tokens=6)
+    generator.generate([prompt], max_new_tokens=6)
     change(generator)
     wanted = uncached(generator).generate([prompt], max_new_tokens=6)
-    assert wanted != before or isinstance(change, type(change_fusion))
     torch.testing.assert_close(first_logits(generator, [prompt]), first_logits(uncached(generator), [prompt]))
     assert generator.generate([prompt], max_new_tokens=6) == wanted
 
