@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -229,7 +230,7 @@ def main() -> None:
         )
     result = {
         "benchmark": "encode",
-        **run_facts("python benchmarks/encode.py --json"),
+        **run_facts(" ".join(["python benchmarks/encode.py", *sys.argv[1:]])),
         "device": arguments.device,
         "threads": torch.get_num_threads(),
         "measured": found,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def main() -> None:
     kept, plain = generators(arguments.layers, arguments.width, arguments.device)
     result = {
         "benchmark": "prefix",
-        **run_facts("python benchmarks/prefix.py --json"),
+        **run_facts(" ".join(["python benchmarks/prefix.py", *sys.argv[1:]])),
         "device": arguments.device,
         "model": {"kind": "llama, random weights", "layers": arguments.layers, "width": arguments.width},
         "memories": MEMORIES,

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 
 _LEAST = 16
 """Positions that are worth a lookup."""
-_SAFE_OPTIONS = frozenset(
-    ("do_sample", "temperature", "top_k", "top_p", "min_p", "logits_processor", "suppress_tokens")
-    + ("eos_token_id", "pad_token_id", "min_new_tokens", "bad_words_ids")
-)
+_SAFE_OPTIONS = {"do_sample", "temperature", "top_k", "top_p", "min_p", "logits_processor", "suppress_tokens"}
+_SAFE_OPTIONS |= {"eos_token_id", "pad_token_id", "min_new_tokens", "bad_words_ids"}
 """What ``generate`` may be given beside: others (beams, caches, assistants) arrange the cache in their own way."""
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from tests.support.tiny import ATLAS, TOWER, tiny_compressor
+from vist_rag.checkpoint import find_checkpoint, load_compressor
 from vist_rag.compression import VistCompressor, VistConfig
 from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError
@@ -383,3 +384,19 @@ def test_memories_of_one_pass_and_of_many_are_the_same_to_rounding(compressor: V
     for batch_size in (None, 1, 100):
         for memory, wanted in zip(compressor.encode(TEXTS, batch_size=batch_size), plain, strict=True):
             torch.testing.assert_close(memory.latents, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_embedded_model_makes_the_memories_of_the_plain_forward() -> None:
+    """Sorted, batched, without masks where pages are alike, without hidden states that nobody reads: all the same."""
+    compressor = load_compressor(find_checkpoint(None), device="cpu")
+    texts = ["The keeper wrote it down. " * n for n in (1, 9, 3, 9, 40, 2)]
+    pages = compressor.renderer.render(texts)
+    mask, kinds = pages.patch_mask, compressor.resampler_config.tower_layers
+    with torch.no_grad():  # all layers of the tower, all pages at once, every one masked
+        hidden = compressor.tower(pages.pixel_values, mask)
+        features = torch.cat([hidden[kind] for kind in kinds], dim=-1)
+        latents, standing = compressor.resampler(features, mask[:, : features.shape[1]])
+    for i, memory in enumerate(compressor.encode(texts)):
+        wanted = torch.cat([latents[p][standing[p]] for p in (pages.text_ids == i).nonzero()])
+        torch.testing.assert_close(memory.latents, wanted, atol=2e-4, rtol=1e-3)
+        assert torch.cosine_similarity(memory.latents, wanted).min() > 0.99999
