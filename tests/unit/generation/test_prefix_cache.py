@@ -92,7 +92,7 @@ def test_a_follow_up_reads_only_what_is_new(generator: VistGenerator) -> None:
 
 
 def test_other_passages_behind_the_same_opening_reuse_the_opening(generator: VistGenerator) -> None:
-    opening = "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie"
+    opening = 2 * "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie "
     generator.generate([ask(QUESTIONS[0], 1, 2, opening=opening)], max_new_tokens=1)
     prompt = ask(QUESTIONS[0], 4, 2, opening=opening)
     with read(generator) as taken:
@@ -143,7 +143,7 @@ def test_what_looks_alike_is_told_apart(generator: VistGenerator) -> None:
         (given.coarsen(5), memory(2)),
         (VisualMemory(other, "abc"), memory(2)),
         (memory(2), given),
-        (VisualMemory(latents, "abd"), memory(2)),
+        (VisualMemory(latents, "another"), memory(2)),
         (VisualMemory(torch.cat((latents, memory(2).latents)), "abc"),),
     ):
         with read(generator) as taken:
