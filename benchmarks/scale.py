@@ -4,8 +4,10 @@
 
 ``--data`` holds JSON Lines of passages (``{"id", "title", "text"}``) and ``--questions`` a file of questions; indexing
 goes on where it was stopped, and its time is that of what was indexed in this run. ``--workers`` processes of one
-thread each add to the index, since two threads of one process do little more than one. Questions are asked one by one,
-as a user would, from a reader that has nothing at hand: search, memories from the store, generation.
+thread each add to the index, since two threads of one process do little more than one. Where a night is not at hand,
+``--fill`` stores what is missing with random vectors: times to search and to answer are those of the whole, the time to
+index is then that of what was embedded. Questions are asked one by one, as a user would, from a reader that has nothing
+at hand: search, memories from the store (made now where there are none), generation.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ def questions_of(file: Path, count: int) -> list[str]:
         return [json.loads(line)["question"] for line in islice(lines, count)]
 
 
-def work(directory: Path, passages: list[Passage], told: Any) -> None:
-    """One worker: adds what is missing of its passages, with their memories."""
+def work(directory: Path, passages: list[Passage], told: Any, *, memories: bool) -> None:
+    """One worker: adds what is missing of its passages, with their memories where these are wanted."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    compressor = load_compressor(embedded_checkpoint())
+    compressor = load_compressor(embedded_checkpoint()) if memories else None
     stored = Stored(len(passages))
     with PassageIndex.open(directory) as index:
         for start in range(0, len(passages), BATCH):
@@ -61,14 +63,16 @@ def work(directory: Path, passages: list[Passage], told: Any) -> None:
     told.put(("over", (stored.added, stored.memories_made, time.process_time())))
 
 
-def indexed(directory: Path, passages: list[Passage], workers: int) -> dict[str, Any]:
+def indexed(directory: Path, passages: list[Passage], workers: int, *, memories: bool) -> dict[str, Any]:
     """Add what is missing, with its memories; what it took."""
     with PassageIndex.open(directory) as index:
         before = len(index)
     begin, context = time.perf_counter(), multiprocessing.get_context("spawn")
     told = context.Queue()
     shares = [passages[number::workers] for number in range(workers)]
-    started = [context.Process(target=work, args=(directory, share, told)) for share in shares]
+    started = [
+        context.Process(target=work, args=(directory, share, told), kwargs={"memories": memories}) for share in shares
+    ]
     for process in started:
         process.start()
     over: list[tuple[int, int, float]] = []
@@ -89,6 +93,19 @@ def indexed(directory: Path, passages: list[Passage], workers: int) -> dict[str,
         "cpu_seconds": round(cpu, 1),
         "passages_per_s": round(added / seconds, 1),
     }
+
+
+def filled(directory: Path, passages: list[Passage]) -> int:
+    """Store what is missing with random vectors, which no question is near to: as large and as slow to search."""
+    rng, added = np.random.default_rng(0), 0
+    with PassageIndex.open(directory) as index:
+        width = int(index.meta["dimension"])
+        for start in tqdm(range(0, len(passages), BATCH), desc="filling"):
+            some = passages[start : start + BATCH]
+            known = index.get([p.id for p in some])
+            some = [p for p in some if p.id not in known]
+            added += index.add(some, vectors=rng.normal(size=(len(some), width))) if some else 0
+    return added
 
 
 def times(milliseconds: list[float]) -> dict[str, float]:
@@ -114,7 +131,10 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     """Index and ask."""
     passages = list(passages_of(arguments.data, arguments.passages))
     questions = questions_of(arguments.questions, arguments.asked + 5)
-    making = indexed(arguments.index, passages, arguments.workers)
+    if arguments.fill:
+        making: dict[str, Any] = {"passages_with_random_vectors": filled(arguments.index, passages)}
+    else:
+        making = indexed(arguments.index, passages, arguments.workers, memories=not arguments.no_memory)
     with PassageIndex.open(arguments.index) as index:
         begin = time.perf_counter()
         index.search(questions[0], 1)
@@ -147,6 +167,7 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
             "store_in_all": round(sizes.file_bytes / n),
             "faiss": round(cache / n),
         },
+        "memories": memories.memories,
         "memory_form": memories.form,
         "latents_a_memory": round(memories.latents / memories.memories, 1),
         "search_10_ms": times(search),
@@ -165,6 +186,8 @@ def main() -> None:
     parser.add_argument("--index", type=Path, required=True, help="the index; made where there is none")
     parser.add_argument("--passages", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2, help="processes that index")
+    parser.add_argument("--no-memory", action="store_true", help="add no memories: they are made when they are read")
+    parser.add_argument("--fill", action="store_true", help="store what is missing with random vectors: no index time")
     parser.add_argument("--asked", type=int, default=300, help="questions")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path)
