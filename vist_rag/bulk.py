@@ -193,7 +193,7 @@ class Parts:
 
     def _planned(self, passages: Sequence[Passage], index: PassageIndex | None) -> Part:
         key = self.recipe.key(passages)
-        if index is not None and not lacking(index, passages, self.recipe.fingerprint):
+        if index is not None and _holds(index, passages, self.recipe.fingerprint):
             return Part(key, len(passages), "held")
         if self.finished(key, len(passages)):
             return Part(key, len(passages), "kept")
@@ -249,8 +249,8 @@ class Parts:
         columns["metadata"] = [json.dumps(dict(passage.metadata), allow_nan=False) for passage in passages]
         columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
         if compressor is not None:
-            made = compress(compressor, passages)
-            memories = [np.ascontiguousarray(made[passage.id], "<f2") for passage in passages]
+            made = compress(compressor, texts)
+            memories = [np.ascontiguousarray(made[text], "<f2") for text in texts]
             columns["memory"] = pa.array([memory.tobytes() for memory in memories], pa.binary())
             columns["n"] = pa.array([memory.shape[0] for memory in memories], pa.int32())
             columns["d"] = pa.array([memory.shape[1] for memory in memories], pa.int32())
@@ -301,11 +301,13 @@ class Parts:
         if part.state == "held":
             return index.add(passages), {}  # what is around the texts may have changed
         made, fingerprint = self.read(part.key), self.recipe.fingerprint
-        wanted = {passage.id for passage in lacking(index, passages, fingerprint)}
         memories = None
         if fingerprint:
-            read = made.memories
-            memories = [m if passage.id in wanted else None for passage, m in zip(passages, read, strict=True)]
+            known = index.memories([passage.content for passage in passages], fingerprint)
+            memories = [
+                None if passage.content in known else memory
+                for passage, memory in zip(passages, made.memories, strict=True)
+            ]
         added = index.add(passages, memories, vectors=made.vectors, fingerprint=fingerprint)
         if not keep:
             self.path(part.key).unlink(missing_ok=True)
@@ -349,16 +351,13 @@ class Made:
         return self._table.column("coverage").to_pylist() if "coverage" in self._table.column_names else []
 
 
-def lacking(index: PassageIndex, passages: Sequence[Passage], fingerprint: str) -> list[Passage]:
-    """Passages whose very text is not in an index, with a memory where a fingerprint is given."""
-    ids = [passage.id for passage in passages]
-    known = index.get(ids)
-    ready = index.memories(ids, fingerprint) if fingerprint else known
-    return [
-        passage
-        for passage in passages
-        if passage.id not in ready or (known[passage.id].title, known[passage.id].text) != (passage.title, passage.text)
-    ]
+def _holds(index: PassageIndex, passages: Sequence[Passage], fingerprint: str) -> bool:
+    """Whether an index has the very texts of all passages, with their memories where there is a fingerprint."""
+    known = index.get([passage.id for passage in passages])
+    if any(id_ not in known or known[id_].content != text for id_, text in ((p.id, p.content) for p in passages)):
+        return False
+    texts = {passage.content for passage in passages}
+    return not fingerprint or len(index.memories(texts, fingerprint)) == len(texts)
 
 
 def _sound(text: str) -> str:
@@ -402,13 +401,13 @@ def make_with_ray(
     Raises:
         ConfigError: If there is no cluster at the address, or ``workers`` is out of range.
         MissingDependencyError: If Ray is not installed.
-        StoreError: If the directory is not one that all machines see, or a worker cannot start.
+        StoreError: If the directory is not one that all machines see, or a worker cannot make a part.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"workers must be 1 or more, got {workers}.")
     missing = [{"key": part.key, "passages": part.passages} for part in plan if part.state == "missing"]
     if missing:
-        with _cluster(address, workers) as ray, _our_errors(ray):
+        with _cluster(address, workers) as ray:
             items = ray.data.from_items(missing, override_num_blocks=min(len(missing), _MOST_BLOCKS))
             done = items.map_batches(
                 _Worker,
@@ -417,6 +416,8 @@ def make_with_ray(
                 **_pool(ray, workers, len(missing)),
             )
             for row in done.iter_rows():
+                if row["error"]:
+                    raise StoreError(row["error"])
                 advance(int(row["passages"]))
     for part in plan:
         if part.state == "missing" and not parts.finished(part.key, part.passages):
@@ -430,12 +431,19 @@ class _Worker:
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self._parts = Parts(directory, recipe)
-        self._models = recipe.load()
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        for key in batch["key"].tolist():
-            self._parts.make(key, *self._models)
-        return batch
+    @cached_property
+    def _models(self) -> tuple[Embedder, VistCompressor | None]:
+        return self._parts.recipe.load()
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, Any]:
+        error = ""
+        try:
+            for key in batch["key"].tolist():
+                self._parts.make(key, *self._models)
+        except VistError as raised:  # as a value: what Ray carries out of a worker has lost its cause
+            error = str(raised)
+        return batch | {"error": np.array([error] * len(batch["key"]))}
 
 
 def _pool(ray: Any, workers: int | None, parts: int) -> dict[str, Any]:
@@ -485,21 +493,6 @@ def _cluster(address: str | None, workers: int | None) -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
-
-
-@contextmanager
-def _our_errors(ray: Any) -> Iterator[None]:
-    """What a worker raised, as it raised it."""
-    try:
-        yield
-    except ray.exceptions.RayError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, VistError):
-            cause = getattr(cause, "cause", None) or cause.__cause__
-        if cause is not None:
-            raise cause from None
-        last = str(error).strip().splitlines()[-1]
-        raise StoreError(f"The workers stopped: {last}; parts that were made are kept, repeat the command.") from error
 
 
 __all__ = ["FORMAT", "PART_PASSAGES", "Part", "Parts", "Recipe", "cut", "make_with_ray", "require_ray"]

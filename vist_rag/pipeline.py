@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from vist_rag.generation import Generation, Prompt, VistGenerator
 from vist_rag.quoting import as_written, find_span
 from vist_rag.reader import VistReader
 from vist_rag.retrieval import PassageIndex
-from vist_rag.types import Answer, Citation, Passage, SearchHit, Usage
+from vist_rag.types import Answer, Citation, SearchHit, Usage
 
 
 class VistRAG(VistReader):
@@ -92,20 +93,11 @@ class VistRAG(VistReader):
 
     def memories(self, plans: Sequence[Plan]) -> list[list[VisualMemory]]:
         """The memories that the plans ask for, read from the index; encoded now, and kept, where they are missing."""
-        fingerprint = self.compressor.fingerprint
-        wanted = {hit.passage.id: hit.passage for plan in plans for hit in plan.compressed}
-        stored: dict[str, np.ndarray] = dict(self.index.memories(list(wanted), fingerprint))
-        missing = [passage for id_, passage in wanted.items() if id_ not in stored]
-        if missing:
-            made = compress(self.compressor, missing)
-            stored |= made
-            if not self.index.read_only:
-                # By passage, not by id: nothing is kept for a text that was replaced in the meantime.
-                self.index.put_memories({passage: made[passage.id] for passage in missing}, fingerprint)
-        full = {id_: self.compressor.memory(torch.from_numpy(stored[id_]).float()) for id_ in wanted}
+        read = self._latents([hit.passage.content for plan in plans for hit in plan.compressed], self.index)
+        full = {text: self.compressor.memory(latents.float()) for text, latents in read.items()}
         return [
             [
-                full[hit.passage.id] if n is None else full[hit.passage.id].coarsen(n)
+                full[hit.passage.content] if n is None else full[hit.passage.content].coarsen(n)
                 for hit, n in zip(plan.compressed, plan.latents, strict=True)
             ]
             for plan in plans
@@ -152,12 +144,34 @@ class AnswerStream:
         self.answer = rag._answer(self._question, generation, self._plan, self._prompt, self._clock.timings_ms())
 
 
-def compress(
-    compressor: PassageCompressor, passages: Sequence[Passage], *, progress: bool = False
-) -> dict[str, np.ndarray]:
-    """Memories of passages as they are stored, by passage id: float16 ``[n, d]``."""
-    memories = compressor.encode([p.content for p in passages], progress=progress)
-    return {p.id: m.latents.to(torch.float16).numpy() for p, m in zip(passages, memories, strict=True)}
+def encode_lacking(
+    index: PassageIndex, compressor: PassageCompressor, *, batch_size: int = 64
+) -> Iterator[dict[str, np.ndarray]]:
+    """Give every passage of an index a memory of this compressor, batch by batch, each kept before the next is made.
+
+    Others may read and write meanwhile. What is interrupted goes on where it was: only what is missing is made.
+
+    Args:
+        index: Whose passages.
+        compressor: What makes the memories.
+        batch_size: Passages a transaction: what a kill can undo.
+    Yields:
+        The memories of each batch, float16 ``[n, d]`` by text, once they are kept.
+    Raises:
+        StoreError: If the index is read-only or locked.
+    """
+    lacking = index.passages(lacking=compressor.fingerprint)
+    while batch := list(islice(lacking, batch_size)):
+        made = compress(compressor, [passage.content for passage in batch])
+        index.put_memories(made, compressor.fingerprint, only_stored=True)
+        yield made
+
+
+def compress(compressor: PassageCompressor, texts: Sequence[str], *, progress: bool = False) -> dict[str, np.ndarray]:
+    """Memories of texts as they are handed to an index: float16 ``[n, d]`` by text."""
+    texts = list(dict.fromkeys(texts))
+    memories = compressor.encode(texts, progress=progress)
+    return {text: memory.latents.to(torch.float16).numpy() for text, memory in zip(texts, memories, strict=True)}
 
 
 def _rank(read: tuple[SearchHit, str]) -> int:
@@ -183,4 +197,4 @@ class _Clock:
         return {**self._stages, "total": (time.perf_counter() - self._begin) * 1000}
 
 
-__all__ = ["AnswerStream", "VistRAG", "compress"]
+__all__ = ["AnswerStream", "VistRAG", "compress", "encode_lacking"]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from collections.abc import AsyncIterator, Generator, Sequence
+import warnings
+from collections.abc import AsyncIterator, Generator, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from vist_rag.batching import MicroBatcher
 from vist_rag.budget import Budget, Plan
 from vist_rag.checkpoint import SETTINGS_FILE, find_checkpoint, load_compressor, read_settings
 from vist_rag.compression import LatentCache, PassageCompressor, VisualMemory
-from vist_rag.errors import CheckpointError, ConfigError
+from vist_rag.errors import CheckpointError, ConfigError, StoreError
 from vist_rag.generation import (
     Generation,
     MemorySegment,
@@ -265,44 +266,65 @@ class VistReader:
         """Whether all memories are: then :meth:`mark` takes no time, and may be called in an event loop."""
         return all(self._held(passage.content) is not None for passage in passages)
 
-    def prepare(self, passages: Sequence[Passage], *, index: PassageIndex | None = None, keep: bool = False) -> None:
+    def prepare(
+        self,
+        passages: Sequence[Passage],
+        *,
+        index: PassageIndex | None = None,
+        keep: bool = False,
+        only_stored: bool = True,
+    ) -> None:
         """Have the memories of passages at hand: from an index, else encoded now, and kept in the index.
 
         Args:
             passages: What will be read.
             index: Where their memories may be stored; None: the reader's own.
             keep: Whether those that are at hand already are kept in the index, too.
+            only_stored: Whether memories are kept only of texts that are passages of the index. False: also of passages
+                that another database holds.
         """
-        missing = [passage for passage in passages if self._held(passage.content) is None]
-        index, fingerprint = index or self.index, self.compressor.fingerprint
-        if index is not None and missing:
-            known = index.get([p.id for p in missing])  # an index may hold another text under the same id
-            same = [p for p in missing if p.id in known and known[p.id].content == p.content]
-            stored = index.memories([p.id for p in same], fingerprint)
-            for passage in same:
-                if passage.id in stored:
-                    self._cache.put(self._key(passage.content), torch.from_numpy(stored[passage.id]))
-        made = self._encode([p.content for p in missing])
-        if index is None or index.read_only:
-            return
-        held = {p: made.get(p.content, self._held(p.content) if keep else None) for p in passages}
-        # By passage: kept only where the index has this very text.
-        if kept := {passage: latents.numpy() for passage, latents in held.items() if latents is not None}:
-            index.put_memories(kept, fingerprint)
+        texts = [passage.content for passage in passages]
+        self._latents(texts, index or self.index, keep=keep, only_stored=only_stored)
+
+    def _latents(
+        self, texts: Iterable[str], index: PassageIndex | None, *, keep: bool = False, only_stored: bool = True
+    ) -> dict[str, Tensor]:
+        """Latents of texts, float16 ``[n, d]``: at hand, else from the index, else encoded now and kept there."""
+        texts = list(dict.fromkeys(texts))
+        found = {} if keep else self._all_held(texts)
+        if index is not None and (missing := [text for text in texts if text not in found]):
+            for text, latents in index.memories(missing, self.compressor.fingerprint).items():
+                found[text] = self._hold(text, torch.from_numpy(latents))
+        if missing := [text for text in texts if text not in found]:
+            made = self._encode(missing)
+            if index is not None and not index.read_only:
+                kept = {text: latents.numpy() for text, latents in made.items()}
+                try:
+                    index.put_memories(kept, self.compressor.fingerprint, only_stored=only_stored)
+                except StoreError as error:
+                    if keep:
+                        raise
+                    warnings.warn(f"Memories were made and could not be kept. {error}", stacklevel=2)
+            found |= made
+        return found
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Latents of texts, float16 ``[n, d]``: encoded, and kept at hand, where they are not yet."""
-        # Looked up once more: another thread may have been faster.
-        found = {text: latents for text in texts if (latents := self._held(text)) is not None}
-        if missing := [text for text in dict.fromkeys(texts) if text not in found]:
+        found = self._all_held(texts)  # looked up once more: another thread may have been faster
+        if missing := [text for text in texts if text not in found]:
             for text, memory in zip(missing, self.compressor.encode(missing), strict=True):
-                found[text] = memory.latents.to(torch.float16)
-                self._cache.put(self._key(text), found[text])
+                found[text] = self._hold(text, memory.latents.to(torch.float16))
         return found
 
     def _memories(self, spans: Sequence[Span]) -> dict[Span, VisualMemory]:
-        read = self._encode([span.text for span in spans])
+        read = self._latents([span.text for span in spans], self.index)
         return {span: self.compressor.memory(read[span.text].float()).coarsen(span.size) for span in spans}
+
+    def _all_held(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        return {text: latents for text in texts if (latents := self._held(text)) is not None}
+
+    def _hold(self, text: str, latents: Tensor) -> Tensor:
+        self._cache.put(self._key(text), latents)
+        return latents
 
     def _held(self, text: str) -> Tensor | None:
         return self._cache.get(self._key(text))

@@ -64,12 +64,12 @@ def test_every_passage_is_stored_with_the_memory_that_the_compressor_makes(tiny:
     with PassageIndex.open(index, read_only=True) as opened:
         passages = {p.title: p for p in opened.passages()}
         assert set(passages) == {"a", "Lake", "Row 0", "Row 1", "Row 2"}
-        stored = opened.memories([p.id for p in passages.values()], fingerprint)
+        stored = opened.memories([p.content for p in passages.values()], fingerprint)
     compressor = tiny_compressor()
     for passage in passages.values():
         (memory,) = compressor.encode([passage.content])
-        assert stored[passage.id].shape == memory.latents.shape
-        assert abs(stored[passage.id] - memory.latents.numpy()).max() < 0.05  # stored in bf16, kept in float16
+        assert stored[passage.content].shape == memory.latents.shape
+        assert abs(stored[passage.content] - memory.latents.numpy()).max() < 0.05  # stored in bf16, kept in float16
 
 
 def test_what_is_stored_is_passed_over(tiny: Path, docs: Path, index: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_changed_text_under_the_same_id_is_compressed_anew(tiny: Path, docs: P
     report = run_json("index", docs / "c.jsonl", "--index", index, "--model", tiny)
     assert report["passages"] == {"read": 1, "added": 1, "unchanged": 0, "in_index": 5}
     with PassageIndex.open(index, read_only=True) as opened:
-        stored = opened.memories(["1"], report["memories"]["fingerprint"])["1"]
+        stored = opened.memories(["Another text."], report["memories"]["fingerprint"])["Another text."]
     (memory,) = tiny_compressor().encode(["Another text."])
     assert stored.shape == memory.latents.shape
     assert abs(stored - memory.latents.numpy()).max() < 0.05

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +25,11 @@ from vist_rag.retrieval import PassageIndex, read_passages
 from vist_rag.retrieval.embedder import DEFAULT_MODEL
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
+pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra ray")
 pytestmark = pytest.mark.slow
 
 PART = 8
+EXACT = ("--memory-form", "float16")  # a coarser form turns the last bit of a number into a whole step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,20 +68,21 @@ def docs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local(docs: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     index = tmp_path_factory.mktemp("local")
-    return index, run_json("index", docs, "--index", index, "--model", checkpoint)
+    return index, run_json("index", docs, "--index", index, "--model", checkpoint, *EXACT)
 
 
 def assert_same(index: Path, other: Path, fingerprint: str) -> None:
     with PassageIndex.open(index, read_only=True) as one, PassageIndex.open(other, read_only=True) as two:
         passages = list(one.passages())
         assert passages == list(two.passages())  # in the same order
-        ids = [p.id for p in passages]
+        ids, texts = [p.id for p in passages], [p.content for p in passages]
         vectors, expected = one.vectors(ids), two.vectors(ids)
-        memories, wanted = (some.memories(ids, fingerprint) for some in (one, two))
-        assert list(memories) == ids
+        memories, wanted = (some.memories(texts, fingerprint) for some in (one, two))
+        assert list(memories) == texts
         for id_ in ids:
             np.testing.assert_allclose(vectors[id_], expected[id_], atol=1e-5)
-            np.testing.assert_allclose(memories[id_].astype(float), wanted[id_].astype(float), atol=2e-3, rtol=2e-3)
+        for text in texts:
+            np.testing.assert_allclose(memories[text].astype(float), wanted[text].astype(float), atol=2e-3, rtol=2e-3)
         assert one.meta == two.meta
         assert one.fingerprints() == two.fingerprints()
 
@@ -88,6 +92,13 @@ def finished(directory: Path) -> dict[str, tuple[int, int]]:
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in directory.glob("part-*.parquet")}
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def stored(index: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in index.iterdir() if p.suffix in (".sqlite", ".faiss", ".json")}
 
@@ -95,34 +106,40 @@ def stored(index: Path) -> dict[str, bytes]:
 def test_a_worker_that_is_killed_is_replaced(
     docs: Path, checkpoint: Path, local: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    fingerprint = local[1]["memories"]["fingerprint"]
-    parts = Parts(tmp_path / "parts", WatchedRecipe(DEFAULT_MODEL, str(checkpoint), fingerprint), PART)
-    before, victims, done = set(pids(checkpoint)), [], []
+    index, victims = tmp_path / "index", []
 
-    def advance(n: int) -> None:
-        done.append(n)
-        alive = [pid for pid in set(pids(checkpoint)) - before if not victims]
-        if len(alive) == 2:  # both are at a part, which takes a while
-            victims.append(alive[0])
-            os.kill(alive[0], signal.SIGKILL)
+    def kill_one() -> None:
+        deadline = time.monotonic() + 200
+        while not victims and time.monotonic() < deadline:
+            time.sleep(0.01)
+            if len(pids(checkpoint)) == 2 and finished(index / "parts"):  # each is at a part, which takes a while
+                victims.append(pids(checkpoint)[0])
+                os.kill(victims[0], signal.SIGKILL)
 
-    plan = parts.plan(read_passages(docs))
-    assert len(plan) > 8
-    make_with_ray(parts, plan, workers=2, advance=advance)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    arguments = ["index", docs, "--index", index, "--model", checkpoint, "--engine", "ray", "--part", PART, *EXACT]
+    report = run_json(*arguments, "--workers", 2)
+    killer.join()
     assert len(victims) == 1
-    assert not Path(f"/proc/{victims[0]}/cmdline").exists() or not Path(f"/proc/{victims[0]}/cmdline").read_bytes()
-    assert sum(done) == sum(part.passages for part in plan) == 102
-    with PassageIndex.open(tmp_path / "index") as index:
-        for part, passages in parts.again(plan, read_passages(docs)):
-            parts.merge(part, passages, index, keep=True)
-    assert_same(tmp_path / "index", local[0], fingerprint)
+    assert not alive(victims[0])
+    assert report["parts"]["made"] > 8
+    assert report["parts"]["directory"] is None
+    assert report["passages"] == local[1]["passages"] == {"read": 102, "added": 102, "unchanged": 0, "in_index": 102}
+    assert report["low_coverage"] == local[1]["low_coverage"] != {}
+    assert_same(index, local[0], report["memories"]["fingerprint"])
+    assert not (index / "parts").exists()
+
+    report = run_json(*arguments)  # nothing to make: no worker is asked
+    assert (report["parts"]["made"], report["parts"]["kept"]) == (0, 0)
+    assert (report["memories"]["made"], report["memories"]["kept"]) == (0, 102)
 
 
 def test_a_command_that_was_killed_goes_on_where_it_was(
     docs: Path, checkpoint: Path, local: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     index, parquet = tmp_path / "index", tmp_path / "parquet"
-    arguments = ["index", docs, "--index", index, "--model", checkpoint, "--engine", "ray", "--workers", 2]
+    arguments = ["index", docs, "--index", index, "--model", checkpoint, "--engine", "ray", "--workers", 2, *EXACT]
     arguments += ["--parquet", parquet, "--part", PART]
     running = subprocess.Popen(
         [sys.executable, "-m", "tests.support.bulk", *map(str, arguments)],
@@ -159,46 +176,17 @@ def test_a_command_that_was_killed_goes_on_where_it_was(
     assert finished(parquet) == after
     assert stored(index) == bytes_before
 
-
-def test_without_parquet_the_parts_go_into_the_index_and_away(
-    docs: Path, checkpoint: Path, local: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    index = tmp_path / "index"
-    arguments = ["index", docs, "--index", index, "--model", checkpoint, "--engine", "ray", "--part", 64]
-    report = run_json(*arguments)
-    assert (report["parts"]["made"] > 0, report["parts"]["directory"]) == (True, None)
-    assert report["low_coverage"] == local[1]["low_coverage"] != {}
-    assert_same(index, local[0], report["memories"]["fingerprint"])
-    assert not (index / "parts").exists()
-    report = run_json(*arguments)
-    assert (report["parts"]["made"], report["parts"]["in_index"]) == (0, len(list(range(report["parts"]["in_index"]))))
-    assert (report["memories"]["made"], report["memories"]["kept"]) == (0, 102)
+    alone = run(*(a for a in arguments if a not in ("--index", index)), "--parquet", parquet)
+    assert (alone.exit_code, "102 passages read" in alone.stdout) == (0, True), alone.stderr
+    rows = pq.read_table(parquet).to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows) == 102
+    assert all(len(row["memory"]) == 2 * row["n"] * row["d"] and len(row["vector"]) == 256 for row in rows)
 
 
-def test_parquet_alone(docs: Path, checkpoint: Path, tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    arguments = ["index", docs / "lake.md", "--model", checkpoint, "--engine", "ray", "--parquet", tmp_path / "out"]
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr
-    assert "1 passage read" in result.stdout
-    table = pq.read_table(tmp_path / "out")
-    (row,) = table.to_pylist()
-    assert (row["title"], row["source"]) == ("Lake", str(docs / "lake.md"))
-    assert json.loads(row["metadata"]) == {"start": 0}
-    assert len(row["memory"]) == 2 * row["n"] * row["d"]
-    assert len(row["vector"]) == 256
-    other = run(*arguments[:1], docs / "chinese.txt", *arguments[2:])
-    assert "holds 1 part that are not of these files" in other.stderr
-
-
-def test_what_a_worker_says_is_what_is_said(docs: Path, checkpoint: Path, tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "parts", WatchedRecipe(DEFAULT_MODEL, str(checkpoint), "f"), 64)
-    plan = parts.plan(read_passages(docs))
-    for staged in (tmp_path / "parts" / "staged").iterdir():
-        staged.unlink()
-    with pytest.raises(bulk.StoreError, match="must be one that all machines share"):
-        make_with_ray(parts, plan, workers=1)
+def test_what_a_worker_says_is_what_is_said(docs: Path, tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "parts", WatchedRecipe(DEFAULT_MODEL), PART)
+    with pytest.raises(bulk.StoreError, match="no checkpoint, no memory"):
+        make_with_ray(parts, parts.plan(read_passages(docs / "lake.md")), workers=1)
 
 
 def test_a_bad_file_leaves_nothing_behind(docs: Path, checkpoint: Path, tmp_path: Path) -> None:

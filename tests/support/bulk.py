@@ -15,6 +15,7 @@ import pytest
 from tests.support.cli import WordEmbedder, word_embedder
 from vist_rag import bulk
 from vist_rag.bulk import Recipe
+from vist_rag.errors import CheckpointError
 
 PART_S = 0.5
 """What a part takes at least."""
@@ -25,9 +26,11 @@ class WatchedRecipe(Recipe):
 
     def load(self) -> tuple[Any, Any]:
         """The checkpoint's compressor, and the embedder of the tests."""
+        if self.checkpoint is None:
+            raise CheckpointError("no checkpoint, no memory")
         from vist_rag.checkpoint import load_compressor
 
-        directory = Path(self.checkpoint or "")
+        directory = Path(self.checkpoint)
         models = WordEmbedder(delay_s=PART_S), load_compressor(directory, device="cpu")
         (directory / f"{os.getpid()}.pid").touch()
         return models
@@ -39,9 +42,8 @@ def pids(checkpoint: Path) -> list[int]:
 
 
 if __name__ == "__main__":
-    from vist_rag.cli import app
-
     from tests.support.bulk import WatchedRecipe as Watched  # by a name that a worker finds
+    from vist_rag.cli import app
 
     with word_embedder(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(bulk, "Recipe", Watched)

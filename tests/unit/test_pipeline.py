@@ -250,14 +250,14 @@ def test_a_memory_is_made_once_and_kept(rag: VistRAG, parts: VistRAG) -> None:
 def test_a_kept_memory_is_what_is_read(rag: VistRAG, parts: VistRAG) -> None:
     budget = Budget(k_memory=1)
     best = rag.index.search(QUESTION, 1)[0].passage
-    rag.index.put_memories({best.id: np.ones((3, 16), np.float16)}, parts.compressor.fingerprint)
+    rag.index.put_memories({best.content: np.ones((3, 16), np.float16)}, parts.compressor.fingerprint)
     memory = rag.memories([rag.plan(rag.index.search(QUESTION, 1), budget)])[0][0]
     assert memory.latents.tolist() == [[1.0] * 16] * 3
     assert rag.compressor.texts == []  # type: ignore[attr-defined]
 
 
 def test_a_memory_of_another_compressor_is_left_alone(rag: VistRAG, parts: VistRAG) -> None:
-    strange = {p.id: np.full((3, 16), 7, np.float16) for p in PASSAGES}
+    strange = {p.content: np.full((3, 16), 7, np.float16) for p in PASSAGES}
     rag.index.put_memories(strange, "another compressor")
     budget = Budget(k_memory=2)
     memories = rag.memories([rag.plan(rag.index.search(QUESTION, 2), budget)])[0]
@@ -298,7 +298,7 @@ def test_no_memory_is_kept_for_a_text_that_was_replaced_meanwhile(rag: VistRAG, 
 
     rag.compressor = Slow(parts.compressor)  # type: ignore[assignment]
     assert rag.answer(QUESTION, budget=Budget(k_memory=1)).citations[0].passage == best
-    assert rag.index.memories([best.id], parts.compressor.fingerprint) == {}
+    assert rag.index.memories([best.content], parts.compressor.fingerprint) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------- citations

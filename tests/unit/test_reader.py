@@ -139,7 +139,7 @@ def test_a_memory_of_another_text_under_the_same_id_is_not_taken(parts: SimpleNa
     fresh.prepare([mine])
     assert other.texts == [mine.content]
     assert torch.equal(
-        torch.from_numpy(index.memories([PASSAGES[0].id], parts.compressor.fingerprint)[PASSAGES[0].id]),
+        torch.from_numpy(index.memories([PASSAGES[0].content], parts.compressor.fingerprint)[PASSAGES[0].content]),
         parts.compressor.encode([PASSAGES[0].content])[0].latents.half(),
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, costs, demo, eval, index, info, render, report, train
+from vist_rag.cli import ask, costs, demo, eval, index, info, reindex, render, report, train
 
 app = typer.Typer(
     name="vist-rag",
@@ -42,7 +42,11 @@ def _main(
 
 for _command, _examples in (
     (demo.demo, ("vist-rag demo --questions 10", "vist-rag demo --eval --json")),
-    (index.index, ("vist-rag index notes/ report.pdf --index my-index",)),
+    (
+        index.index,
+        ("vist-rag index notes/ report.pdf --index my-index", "vist-rag index --verify --index my-index"),
+    ),
+    (reindex.reindex, ("vist-rag reindex --index my-index --model my-checkpoint --drop-others",)),
     (ask.ask, ("vist-rag ask 'When was the bridge built?' --index my-index --k-raw 1 --k-memory 4",)),
     (
         render.render,

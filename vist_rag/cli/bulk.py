@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vist_rag.cli.index import Stored, compress_lacking, low, read_files, report_of, report_of_files, warn_of
 from vist_rag.cli.models import load_compressor_of, tell_of_other_memories
@@ -21,15 +21,29 @@ _PARTS = "parts"
 """Folder inside an index for parts on their way into it; gone when they are."""
 
 
+class Engine(NamedTuple):
+    """How Ray is asked.
+
+    Attributes:
+        part: Passages a part.
+        workers: Number of workers; None: as the cluster has.
+        address: Of the Ray cluster; None: this machine.
+        parquet: Where the parts stay; None: in the index, until they are stored.
+    """
+
+    part: int
+    workers: int | None
+    address: str | None
+    parquet: Path | None
+
+
 def index_with_ray(
     paths: Sequence[Path],
     index: Path | None,
     words: int,
     model: str | None,
-    part: int,
-    workers: int | None,
-    address: str | None,
-    parquet: Path | None,
+    memory_form: str | None,
+    engine: Engine,
     *,
     with_memory: bool,
 ) -> dict[str, Any]:
@@ -37,13 +51,11 @@ def index_with_ray(
 
     Args:
         paths: Files and directories.
-        index: Where to store; None: nowhere, the parts stay in ``parquet``.
+        index: Where to store; None: nowhere, the parts stay as Parquet.
         words: Words a passage.
         model: The checkpoint.
-        part: Passages a part.
-        workers: Number of workers; None: as the cluster has.
-        address: Of the Ray cluster; None: this machine.
-        parquet: Where the parts stay; None: in the index, until they are stored.
+        memory_form: How the index stores memories; Parquet has float16.
+        engine: Who makes the parts, and where they are.
         with_memory: Whether memories are made.
     Returns:
         What was done, as ``--json`` prints it.
@@ -53,17 +65,18 @@ def index_with_ray(
     from vist_rag.retrieval.embedder import DEFAULT_MODEL
 
     require_ray()
+    parquet = engine.parquet
     compressor = load_compressor_of(model) if with_memory else None
     fingerprint = compressor.fingerprint if compressor else ""
     failed: list[str] = []
     with ExitStack() as stack:
         opened, others = None, 0
         if index is not None and (index / "passages.sqlite").is_file():
-            opened = stack.enter_context(PassageIndex.open(index))
+            opened = stack.enter_context(PassageIndex.open(index, memory_form=memory_form))
             others = tell_of_other_memories(opened, index, fingerprint) if compressor else 0
         checkpoint = str(Path(model).absolute()) if model and Path(model).is_dir() else model
         recipe = Recipe(opened.embedder.name if opened else DEFAULT_MODEL, checkpoint, fingerprint)
-        parts = Parts(parquet or _inside(index), recipe, part)
+        parts = Parts(parquet or _inside(index), recipe, engine.part)
         with working("reading files"):
             # With --parquet every part is wanted as a file, also where the index has its passages.
             plan = parts.plan(read_files(paths, words, failed), None if parquet else opened)
@@ -75,9 +88,9 @@ def index_with_ray(
         try:
             with progress("embedding and compressing" if compressor else "embedding", stored.passages) as advance:
                 advance(stored.passages - missing)
-                make_with_ray(parts, plan, workers=workers, address=address, advance=advance)
+                make_with_ray(parts, plan, workers=engine.workers, address=engine.address, advance=advance)
             if index is not None:
-                opened = opened or stack.enter_context(PassageIndex.open(index))
+                opened = opened or stack.enter_context(PassageIndex.open(index, memory_form=memory_form))
                 # Read once more, not kept: a corpus may be larger than the memory of this machine.
                 _merge(parts, plan, read_files(paths, words, []), opened, stored, keep=parquet is not None)
                 if compressor is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vist_rag.cli import upkeep
 from vist_rag.cli.models import load_compressor_of, tell_of_other_memories
 from vist_rag.cli.terminal import (
     Interrupted,
@@ -59,9 +60,11 @@ class Stored:
 
 @command
 def index(
+    *,
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Files (.txt .md .jsonl .html .pdf) and directories.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="PATH...", help="Files (.txt .md .jsonl .html .pdf) and directories."),
+    ] = None,
     index: Annotated[
         Path | None, typer.Option("--index", metavar="DIR", help="The index; made where there is none.")
     ] = None,
@@ -69,6 +72,16 @@ def index(
     no_memory: Annotated[
         bool, typer.Option("--no-memory", help="Store text and vectors only; memories are made when first read.")
     ] = False,
+    memory_form: Annotated[
+        str | None,
+        typer.Option("--memory-form", metavar="FORM", help="How memories are stored.", show_default="as it was"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Instead: read every row and say what is not as it was written.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Instead: print rows and bytes, by kind.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Instead: make anew whatever can be.")] = False,
+    compact: Annotated[bool, typer.Option("--compact", help="Instead: give free space back to the disk.")] = False,
     model: ModelOption = None,
     engine: Annotated[
         str, typer.Option(metavar="local|ray", help="Who computes: this process, or workers on any number of machines.")
@@ -93,16 +106,27 @@ def index(
     stored already, with their memory, are passed over. A file that is named must be readable; one that is found in a
     directory and is not, is left out and listed.
     """
+    if index is None and parquet is None:
+        raise ConfigError("--index must be given (with --engine ray, --parquet will do), got neither.")
+    instead = {upkeep.verify: verify, upkeep.stats: stats, upkeep.rebuild: rebuild, upkeep.compact: compact}
+    if asked := [care for care, wanted in instead.items() if wanted]:
+        if paths or len(asked) > 1 or index is None:
+            raise ConfigError(
+                "--verify, --stats, --rebuild and --compact stand alone, without files; give one of them."
+            )
+        asked[0](index, as_json=as_json)
+        return
+    if not paths:
+        raise InputError("There is nothing to read; name files or directories.")
     begin = time.monotonic()
-    _check_options(engine, index, workers, ray_address, parquet)
+    _check_engine(engine, {"--workers": workers, "--ray-address": ray_address, "--parquet": parquet})
     if engine == "ray":
-        from vist_rag.cli.bulk import index_with_ray
+        from vist_rag.cli.bulk import Engine, index_with_ray
 
-        report = index_with_ray(
-            paths, index, words, model, part, workers, ray_address, parquet, with_memory=not no_memory
-        )
+        how = Engine(part, workers, ray_address, parquet)
+        report = index_with_ray(paths, index, words, model, memory_form, how, with_memory=not no_memory)
     elif index is not None:
-        report = _index_here(paths, index, words, model, with_memory=not no_memory)
+        report = _index_here(paths, index, words, model, memory_form, with_memory=not no_memory)
     report["seconds"] = round(time.monotonic() - begin, 2)
     if as_json:
         emit_json(report)
@@ -110,20 +134,15 @@ def index(
         _show(report)
 
 
-def _check_options(
-    engine: str, index: Path | None, workers: int | None, ray_address: str | None, parquet: Path | None
-) -> None:
+def _check_engine(engine: str, for_ray: Mapping[str, object]) -> None:
     if engine not in ("local", "ray"):
         raise ConfigError(f"--engine must be local or ray, got {engine!r}.")
-    if index is None and parquet is None:
-        raise ConfigError("--index must be given (with --engine ray, --parquet will do), got neither.")
-    given = {"--workers": workers, "--ray-address": ray_address, "--parquet": parquet}
-    if engine == "local" and (idle := [name for name, value in given.items() if value is not None]):
+    if engine == "local" and (idle := [name for name, value in for_ray.items() if value is not None]):
         raise ConfigError(f"{', '.join(idle)} must come with --engine ray, got --engine local; add it.")
 
 
 def _index_here(
-    paths: Sequence[Path], index: Path, words: int, model: str | None, *, with_memory: bool
+    paths: Sequence[Path], index: Path, words: int, model: str | None, memory_form: str | None, *, with_memory: bool
 ) -> dict[str, Any]:
     failed: list[str] = []
     with working("reading files"):
@@ -133,7 +152,7 @@ def _index_here(
     compressor = load_compressor_of(model) if with_memory else None
     from vist_rag.retrieval import PassageIndex
 
-    with PassageIndex.open(index) as opened:
+    with PassageIndex.open(index, memory_form=memory_form) as opened:
         others = tell_of_other_memories(opened, index, compressor.fingerprint) if compressor else 0
         stored = Stored(len(passages))
         try:
@@ -199,40 +218,30 @@ def store(
         batch = passages[begin : begin + _BATCH]
         made: dict[str, Any] = {}
         if compressor is not None:
-            lacking = _lacking(index, batch, fingerprint)
-            made = compress(compressor, lacking) if lacking else {}
+            known = index.memories([p.content for p in batch], fingerprint)
+            lacking = [p for p in batch if p.content not in known]
+            made = compress(compressor, [p.content for p in lacking]) if lacking else {}
             stored.low_coverage |= low(_coverage(compressor, lacking))
-        memories = [made.get(p.id) for p in batch] if compressor else None
+        memories = [made.get(p.content) for p in batch] if compressor else None
         added = index.add(batch, memories, fingerprint=fingerprint)
         stored.added += added
         stored.unchanged += len(batch) - added
         stored.memories_made += len(made)
-        stored.memories_kept += len(batch) - len(made) if compressor else 0
+        stored.memories_kept += len(known) if compressor else 0
         advance(len(batch))
 
 
 def compress_lacking(index: PassageIndex, compressor: VistCompressor, stored: Stored) -> None:
     """Make the memories of passages that were indexed before, without one or with another compressor's."""
-    from vist_rag.pipeline import compress
+    from vist_rag.pipeline import encode_lacking
 
-    lacking = list(index.passages(lacking=compressor.fingerprint))
+    lacking = index.count_lacking(compressor.fingerprint)
     if not lacking:
         return
-    with progress("compressing passages that were indexed before", len(lacking)) as advance:
-        for begin in range(0, len(lacking), _BATCH):
-            batch = lacking[begin : begin + _BATCH]
-            made = compress(compressor, batch)
-            index.put_memories({p: made[p.id] for p in batch}, compressor.fingerprint)
-            stored.low_coverage |= low(_coverage(compressor, batch))
-            stored.memories_made += len(batch)
-            advance(len(batch))
-
-
-def _lacking(index: PassageIndex, batch: Sequence[Passage], fingerprint: str) -> list[Passage]:
-    """Those whose very text has no memory in the index."""
-    ids = [p.id for p in batch]
-    known, with_memory = index.get(ids), index.memories(ids, fingerprint)
-    return [p for p in batch if p.id not in with_memory or known[p.id].content != p.content]
+    with progress("compressing passages that were indexed before", lacking) as advance:
+        for made in encode_lacking(index, compressor):
+            stored.memories_made += len(made)
+            advance(len(made))
 
 
 def _coverage(compressor: VistCompressor, passages: Sequence[Passage]) -> dict[str, float]:

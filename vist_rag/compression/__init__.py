@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
+from vist_rag.compression import codec
 from vist_rag.compression.cache import LatentCache
 from vist_rag.compression.compressor import PassageCompressor, VistCompressor, VistConfig
 from vist_rag.compression.memory import VisualMemory
@@ -12,4 +13,12 @@ AutoModel.register(VistConfig, VistCompressor)
 AutoConfig.register(TextCompressorConfig.model_type, TextCompressorConfig)
 AutoModel.register(TextCompressorConfig, TextCompressor)
 
-__all__ = ["LatentCache", "PassageCompressor", "TextCompressor", "VistCompressor", "VistConfig", "VisualMemory"]
+__all__ = [
+    "LatentCache",
+    "PassageCompressor",
+    "TextCompressor",
+    "VistCompressor",
+    "VistConfig",
+    "VisualMemory",
+    "codec",
+]

@@ -3,7 +3,7 @@
 from vist_rag.retrieval.chunking import find_documents, read_passages, split_text
 from vist_rag.retrieval.embedder import Embedder, GivenVectors, SentenceTransformerEmbedder
 from vist_rag.retrieval.index import PassageIndex
-from vist_rag.retrieval.store import PassageStore
+from vist_rag.retrieval.store import PassageStore, Sizes
 
 __all__ = [
     "Embedder",
@@ -11,6 +11,7 @@ __all__ = [
     "PassageIndex",
     "PassageStore",
     "SentenceTransformerEmbedder",
+    "Sizes",
     "find_documents",
     "read_passages",
     "split_text",

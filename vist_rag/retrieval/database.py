@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,23 +27,48 @@ def is_writable(directory: Path) -> bool:
     return os.access(directory, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
+@dataclass(frozen=True)
+class Schema:
+    """What a file must hold.
+
+    Attributes:
+        version: The version that this code reads and writes.
+        tables: Statements that make tables, indexes and triggers.
+        first_rows: Fills a new file, within the transaction that makes it.
+        migrations: By version: brings a file of that version to the next one, within a transaction.
+    """
+
+    version: int
+    tables: Sequence[str]
+    first_rows: Callable[[Database], None]
+    migrations: Mapping[int, Callable[[Database], None]]
+
+    def expected(self) -> dict[str, str]:
+        """The statement that made each table, index and trigger, by name, as SQLite keeps it."""
+        with closing(sqlite3.connect(":memory:")) as empty:
+            for statement in self.tables:
+                empty.execute(statement)
+            return dict(empty.execute(_MADE_BY))
+
+
+_MADE_BY = "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
+_WAL_BYTES = 64 * 2**20  # what is left of the write-ahead log on the disk once it has been written back
+
+
 class Database:
     """A SQLite file with a schema version, in WAL mode, shared by the threads of this process.
 
     Args:
         path: The file; made where it is missing, unless ``read_only``.
-        version: The schema version that this code reads and writes.
-        create: Called in a transaction to fill a new file.
+        schema: What it holds. A file of an earlier version is brought up to date, in one transaction.
         read_only: Never write to the file; it must exist.
         timeout_s: How long to wait for another process's write.
     Raises:
-        StoreError: If the file is missing (read-only), locked, damaged, of another program or version, or cannot be
-            opened.
+        StoreError: If the file is missing (read-only), locked, damaged, of another program, of a newer version (or of
+            an earlier one, read-only), or cannot be opened.
     """
 
-    def __init__(
-        self, path: Path, *, version: int, create: Callable[[Database], None], read_only: bool, timeout_s: float
-    ) -> None:
+    def __init__(self, path: Path, *, schema: Schema, read_only: bool, timeout_s: float) -> None:
         self.path = path
         self.read_only = read_only
         self._lock = threading.RLock()
@@ -53,8 +79,10 @@ class Database:
             try:
                 if not read_only:
                     self.execute("PRAGMA synchronous = FULL")
-                    self.execute("PRAGMA foreign_keys = ON")
-                self._check_or_create(version, create)
+                    self.execute(f"PRAGMA journal_size_limit = {_WAL_BYTES}")
+                self.execute("PRAGMA cell_size_check = ON")  # a damaged page is told instead of misread
+                self.execute("PRAGMA trusted_schema = OFF")
+                self._check_or_create(schema)
             except BaseException:
                 self.close()
                 raise
@@ -82,25 +110,46 @@ class Database:
             "where the directory is writable."
         )
 
-    def _check_or_create(self, version: int, create: Callable[[Database], None]) -> None:
+    def _check_or_create(self, schema: Schema) -> None:
         application, found = self.value("PRAGMA application_id"), self.value("PRAGMA user_version")
-        if application == APPLICATION_ID and found != version:
+        if application == APPLICATION_ID:
+            self._check_version(schema, found)
+        elif application or found or self.value("SELECT count(*) FROM sqlite_master"):
+            raise StoreError(f"{self.path} is a SQLite file of another program; choose another directory.")
+        elif self.read_only:
+            raise StoreError(f"{self.path} is empty; index something into it first.")
+        else:
+            self.execute("PRAGMA journal_mode = WAL")
+            with self.transaction():
+                if self.value("PRAGMA application_id") != APPLICATION_ID:  # else another process was faster
+                    for statement in schema.tables:
+                        self.execute(statement)
+                    schema.first_rows(self)
+                    self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                    self.execute(f"PRAGMA user_version = {schema.version}")
+        if dict(self.execute(_MADE_BY)) != schema.expected():
             raise StoreError(
-                f"{self.path} has schema version {found}, this vist-rag reads {version}; "
+                f"{self.path} has other tables than a store of version {schema.version}: another program changed them, "
+                "or it is damaged; restore it from a copy, or index anew into another directory."
+            )
+
+    def _check_version(self, schema: Schema, found: int) -> None:
+        if found == schema.version:
+            return
+        if found not in schema.migrations:
+            raise StoreError(
+                f"{self.path} has schema version {found}, this vist-rag reads {schema.version}; "
                 "pip install --upgrade vist-rag, or index into another directory."
             )
-        if application == APPLICATION_ID:
-            return
-        if application or found or self.value("SELECT count(*) FROM sqlite_master"):
-            raise StoreError(f"{self.path} is a SQLite file of another program; choose another directory.")
         if self.read_only:
-            raise StoreError(f"{self.path} is empty; index something into it first.")
-        self.execute("PRAGMA journal_mode = WAL")
+            raise StoreError(
+                f"{self.path} has schema version {found}, this vist-rag reads {schema.version}; open it once for "
+                "writing (vist-rag index --stats --index DIR), which brings it up to date."
+            )
         with self.transaction():
-            if self.value("PRAGMA application_id") != APPLICATION_ID:  # else another process was faster
-                create(self)
-                self.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self.execute(f"PRAGMA user_version = {version}")
+            while (found := self.value("PRAGMA user_version")) in schema.migrations:  # none: another process was faster
+                schema.migrations[found](self)
+                self.execute(f"PRAGMA user_version = {found + 1}")
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -150,6 +199,17 @@ class Database:
         """Do nothing, or raise :class:`StoreError` where the file is open read-only."""
         if self.read_only:
             raise StoreError(f"{self.path} is open read-only; open it for writing, in a directory that can be written.")
+
+    def compact(self) -> None:
+        """Give what deleted rows left free back to the disk; needs as much free space as the file is large.
+
+        Raises:
+            StoreError: If the file is open read-only or locked, or the disk is full.
+        """
+        self.require_writable()
+        with self.reading():
+            self.execute("VACUUM")
+            self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     @contextmanager
     def _scope(self, begin: str) -> Iterator[None]:

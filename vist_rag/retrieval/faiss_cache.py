@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from vist_rag.errors import ConfigError
+from vist_rag.errors import ConfigError, StoreError
 from vist_rag.retrieval.store import Generation, PassageStore
 
 _TRAINING_VECTORS = 100_000
@@ -109,11 +109,13 @@ class FaissCache:
         generation = store.generation
         if generation == self._generation:
             return
-        rows = store.rows()
+        count = len(store)
         known = np.zeros(0, np.int64) if self._index is None else faiss.vector_to_array(self._index.id_map)
-        gone = np.setdiff1d(known, rows)
+        # Nothing to look for where rows were only added since: a look at all of them takes long in a large store.
+        removed = self._generation is not None and self._generation.number < store.last_removal
+        gone = np.setdiff1d(known, store.rows()) if removed else known[:0]
         kept = len(known) - len(gone)
-        if self._index is None or len(rows) > 2 * kept or (len(gone) and not self._can_remove):
+        if self._index is None or count > 2 * kept or (len(gone) and not self._can_remove):
             self._index = self._built(store)
         else:
             if len(gone):
@@ -121,7 +123,31 @@ class FaissCache:
             # Row numbers only grow, so whatever is new lies above whatever is known.
             for added, vectors in store.vectors(after=int(known.max(initial=0))):
                 self._index.add_with_ids(vectors, added)
+        if len(self) != count:
+            self._index = self._generation = None
+            raise StoreError(
+                f"{store.path} is damaged: {count:,} passages are counted and others are found; run vist-rag index "
+                "--verify, then --rebuild."
+            )
         self._generation = generation
+
+    def problems(self, store: PassageStore) -> list[str]:
+        """What differs between the index in memory and the vectors of the store. Empty: nothing."""
+        self.refresh(store)
+        rows = store.rows()
+        known = np.zeros(0, np.int64) if self._index is None else faiss.vector_to_array(self._index.id_map)
+        if not np.array_equal(np.sort(known), rows):
+            return [f"{self.path.name} holds other rows than the store"]
+        if not self._can_remove or self._index is None:  # codes of vectors, not the vectors themselves
+            return []
+        flat = faiss.downcast_index(self._index.index).reconstruct_n(0, len(known))
+        place = {int(row): position for position, row in enumerate(known)}
+        wrong = sum(
+            not np.array_equal(flat[place[int(row)]], vector)
+            for page, vectors in store.vectors()
+            for row, vector in zip(page, vectors, strict=True)
+        )
+        return [f"{self.path.name} holds {wrong:,} vectors that are not the store's"] if wrong else []
 
     @property
     def _can_remove(self) -> bool:

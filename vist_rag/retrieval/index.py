@@ -17,11 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
 from vist_rag.batching import MicroBatcher
+from vist_rag.compression import codec
 from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
 from vist_rag.retrieval.database import is_writable
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, Embedder, SentenceTransformerEmbedder
 from vist_rag.retrieval.faiss_cache import FaissCache, new_index
-from vist_rag.retrieval.store import Entry, PassageStore
+from vist_rag.retrieval.store import Entry, PassageStore, Sizes
 from vist_rag.types import Passage, SearchHit
 
 MAX_QUESTION_CHARS = 20_000
@@ -56,6 +57,7 @@ class PassageIndex:
         *,
         embedder: Embedder | None = None,
         index_factory: str | None = None,
+        memory_form: str | None = None,
         read_only: bool = False,
     ) -> PassageIndex:
         """Open the index in a directory; make it where there is none.
@@ -67,11 +69,14 @@ class PassageIndex:
             embedder: None is the one that the index was made with, all-MiniLM-L6-v2 for a new one.
             index_factory: A FAISS factory string; None is the one that the index was made with, ``Flat`` (exact) for a
                 new one. Another one than before has the cache built anew.
+            memory_form: How memories are stored from now on: one of :data:`vist_rag.compression.codec.FORMS`; None is
+                what the index was made with. Those that are stored stay as they are and are read as before;
+                ``vist-rag reindex`` makes them anew.
             read_only: Never write; the index must exist.
         Raises:
             StoreError: If the index is missing (read-only), locked, damaged, of a newer version, or was made with
                 another embedder, or if the directory cannot be made.
-            ConfigError: If FAISS refuses ``index_factory``.
+            ConfigError: If FAISS refuses ``index_factory``, or there is no such ``memory_form``.
         Warns:
             UserWarning: If the cache is missing, torn or older than the store, and was built anew.
         """
@@ -86,6 +91,8 @@ class PassageIndex:
             made_with = meta.get("index_factory")
             factory = index_factory or made_with or "Flat"
             index = cls(store, embedder, FaissCache(directory / "passages.faiss", factory))
+            if memory_form is not None:
+                index.set_memory_form(memory_form)
             index._open_cache(factory_changed=made_with not in (None, factory))
         except BaseException:
             store.close()
@@ -142,6 +149,11 @@ class PassageIndex:
     def meta(self) -> dict[str, str]:
         """What the index was made with: ``embedder``; after the first passage also ``dimension``, ``index_factory``."""
         return self._store.meta()
+
+    @property
+    def memory_form(self) -> str:
+        """How memories are stored."""
+        return self.meta.get("memory_form", codec.DEFAULT_FORM)
 
     # ------------------------------------------------------------------------------------------------------- writing
 
@@ -204,7 +216,7 @@ class PassageIndex:
                 self._store.set_meta("index_factory", self._cache.factory)
             self._check_dimension(vectors)
             self._store.delete(moved)  # a row never changes its vector
-            return self._store.add(entries, fingerprint)
+            return self._store.add(entries, fingerprint, self.memory_form)
 
     def _given_vectors(self, batch: Sequence[_Given]) -> dict[str, NDArray[np.float32]]:
         """Vectors that were given, by passage id, of length 1; nothing where the embedder makes them."""
@@ -242,9 +254,66 @@ class PassageIndex:
         """
         return self._store.delete(ids)
 
-    def put_memories(self, memories: Mapping[str, ArrayLike] | Mapping[Passage, ArrayLike], fingerprint: str) -> int:
-        """Keep memories of stored passages: :meth:`vist_rag.retrieval.store.PassageStore.put_memories`."""
-        return self._store.put_memories(memories, fingerprint)
+    def put_memories(self, memories: Mapping[str, ArrayLike], fingerprint: str, *, only_stored: bool = False) -> int:
+        """Keep memories, in one transaction; those of the same text and compressor are replaced.
+
+        Args:
+            memories: float ``[n, d]`` by text (``Passage.content``). The text need not be that of a passage here: so
+                memories are kept of passages that another database holds.
+            fingerprint: Of the compressor that made them.
+            only_stored: Pass over texts that no passage here has (any more).
+        Returns:
+            How many were kept.
+        Raises:
+            InputError: If a memory is not ``[n, d]`` or not finite in float16.
+            StoreError: If the index is read-only or locked.
+        """
+        return self._store.put_memories(memories, fingerprint, form=self.memory_form, only_stored=only_stored)
+
+    def set_memory_form(self, form: str) -> None:
+        """Store memories in this form from now on; those that are stored are read as before.
+
+        Args:
+            form: One of :data:`vist_rag.compression.codec.FORMS`.
+        Raises:
+            ConfigError: If there is no such form.
+            StoreError: If the index is read-only or locked.
+        """
+        codec.check_form(form)
+        if form != self.memory_form:
+            self._store.set_meta("memory_form", form)
+
+    def delete_memories(self, texts: Iterable[str] | None = None, *, fingerprint: str | None = None) -> int:
+        """Delete memories, in one transaction: of texts, of a compressor, or of texts by a compressor.
+
+        Returns:
+            How many were deleted.
+        Raises:
+            ConfigError: If neither is given.
+            StoreError: If the index is read-only or locked.
+        """
+        return self._store.delete_memories(texts, fingerprint=fingerprint)
+
+    def compact(self) -> None:
+        """Give what deleted passages left free back to the disk; needs as much free space as the store is large.
+
+        Raises:
+            StoreError: If the index is read-only or locked, or the disk is full.
+        """
+        self._store.compact()
+
+    def rebuild(self) -> int:
+        """Make everything that is derived from passages anew: SQLite's own indexes, FAISS; damaged memories go.
+
+        Returns:
+            How many damaged memories went; they are made again when they are next read, or by ``vist-rag reindex``.
+        Raises:
+            StoreError: If the index is read-only or locked, or passages themselves are damaged.
+        """
+        gone = self._store.mend()
+        self._cache = FaissCache(self._cache.path, self._cache.factory)
+        self._save_cache()
+        return gone
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -328,9 +397,9 @@ class PassageIndex:
         """Vectors by passage id, float32 ``[d]`` of length 1, in the order asked; unknown ids are absent."""
         return self._store.vectors_of(ids)
 
-    def memories(self, ids: Iterable[str], fingerprint: str) -> dict[str, NDArray[np.float16]]:
-        """Stored memories by passage id, float16 ``[n, d]``; those not stored under this fingerprint are absent."""
-        return self._store.memories(ids, fingerprint)
+    def memories(self, texts: Iterable[str], fingerprint: str) -> dict[str, NDArray[np.float16]]:
+        """Stored memories by text, float16 ``[n, d]``; those not stored under this fingerprint are absent."""
+        return self._store.memories(texts, fingerprint)
 
     def fingerprints(self) -> dict[str, int]:
         """The compressor fingerprints that memories are stored under, each with their number."""
@@ -341,8 +410,27 @@ class PassageIndex:
         return self._store.get(ids)
 
     def passages(self, *, lacking: str | None = None) -> Iterator[Passage]:
-        """All passages in the order they were added; with ``lacking``, those without a memory of that fingerprint."""
-        return self._store.passages(lacking=lacking)
+        """All passages in the order they were added.
+
+        Args:
+            lacking: Only those without a memory of this fingerprint in the form that is stored now.
+        """
+        return self._store.passages(lacking=lacking, form=self.memory_form)
+
+    def count_lacking(self, fingerprint: str) -> int:
+        """How many passages have no memory of this fingerprint in the form that is stored now."""
+        return self._store.count_lacking(fingerprint, self.memory_form)
+
+    def sizes(self) -> Sizes:
+        """Rows and bytes, by kind."""
+        return self._store.sizes()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the store and its cache; every row is read. Empty: nothing."""
+        if found := self._store.problems():
+            return found
+        with self._store.snapshot():
+            return self._cache.problems(self._store)
 
 
 def _made_or_found(directory: Path) -> bool:

@@ -267,11 +267,11 @@ def test_latents_end_with_the_ids_of_their_tokens(compressor: TextCompressor) ->
 
 def test_ids_are_exact_in_an_index_and_in_bf16(kind: str) -> None:
     compressor = make(kind)
-    stored = compress(compressor, [Passage(LONG, id="a"), Passage(SHORT, id="b", title="the sea")])
+    stored = compress(compressor, [Passage(LONG).content, Passage(SHORT, title="the sea").content])
     assert {row.dtype.name for row in stored.values()} == {"float16"}
     window = compressor.window
-    for id_, text in (("a", LONG), ("b", f"the sea: {SHORT}")):
-        memory = compressor.memory(torch.from_numpy(stored[id_]).float())
+    for text in (LONG, f"the sea: {SHORT}"):
+        memory = compressor.memory(torch.from_numpy(stored[text]).float())
         assert shown_by(memory, window) == windows_of(text, window)
     half = compressor.to(torch.bfloat16).encode([LONG])[0]
     assert shown_by(half, window) == windows_of(LONG, window)

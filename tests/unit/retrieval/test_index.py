@@ -246,13 +246,15 @@ def test_memories_are_stored_with_their_passages(index: PassageIndex) -> None:
     memories = [np.full((2, 3), i, np.float32) for i in range(300)]
     memories[7] = None  # type: ignore[call-overload]
     index.add(passages(300), memories, fingerprint="fp")
-    found = index.memories(["p0", "p7", "p299", "unknown"], "fp")
-    assert sorted(found) == ["p0", "p299"]
-    assert found["p299"].tolist() == [[299] * 3] * 2
-    assert index.memories(["p0"], "other") == {}
+    texts = {p.id: p.content for p in passages(300)}
+    found = index.memories([texts["p0"], texts["p7"], texts["p299"], "unknown"], "fp")
+    assert list(found) == [texts["p0"], texts["p299"]]
+    assert found[texts["p299"]].tolist() == [[299] * 3] * 2
+    assert index.memories([texts["p0"]], "other") == {}
     assert index.fingerprints() == {"fp": 299}
     assert [p.id for p in index.passages(lacking="fp")] == ["p7"]
-    assert index.put_memories({passages(8)[7]: np.ones((1, 3), np.float32)}, "fp") == 1
+    assert index.count_lacking("fp") == 1
+    assert index.put_memories({texts["p7"]: np.ones((1, 3), np.float32)}, "fp") == 1
     assert list(index.passages(lacking="fp")) == []
 
 
@@ -438,8 +440,8 @@ def test_a_reader_follows_a_writer(filled: Path, opened: Callable[..., PassageIn
         assert reader.search("narwhal", 1)[0].passage.id == "n"
         writer.delete(["n"])
         assert "n" not in {h.passage.id for h in reader.search("narwhal", len(reader))}
-        writer.put_memories({"p1": np.ones((2, 2))}, "fp")
-        assert list(reader.memories(["p1"], "fp")) == ["p1"]
+        writer.put_memories({"a text": np.ones((2, 2))}, "fp")
+        assert list(reader.memories(["a text"], "fp")) == ["a text"]
 
 
 def test_two_writers_take_turns(opened: Callable[..., PassageIndex]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vist_rag.errors import InputError, StoreError
+from vist_rag.errors import ConfigError, InputError, StoreError
 from vist_rag.retrieval.store import SCHEMA_VERSION, Entry, PassageStore
 from vist_rag.types import Passage
 
@@ -74,13 +75,14 @@ def test_a_changed_text_is_a_new_row_without_the_old_memories(store: PassageStor
     assert add(store, Passage("new", "id")) == 1
     assert store.get(["id"])["id"].text == "new"
     assert store.rows().tolist() == [2, 3]
-    assert list(store.memories(["id", "id2"], "fp")) == ["id2"]
+    assert list(store.memories(["old", "new", "other"], "fp")) == ["other"]
 
 
 def test_a_changed_title_counts_as_changed_text_since_both_are_compressed(store: PassageStore) -> None:
     add(store, Passage("text", "id", "title"), memory=memory(1))
+    assert list(store.memories(["title: text"], "fp")) == ["title: text"]
     assert add(store, Passage("text", "id", "another")) == 1
-    assert store.memories(["id"], "fp") == {}
+    assert store.memories(["title: text", "another: text"], "fp") == {}
 
 
 def test_changed_source_and_metadata_keep_row_and_memories(store: PassageStore) -> None:
@@ -89,8 +91,9 @@ def test_changed_source_and_metadata_keep_row_and_memories(store: PassageStore) 
     moved = Passage("text", "id", "", "elsewhere", {"k": 1})
     assert store.add([Entry(moved, None)]) == 0
     assert store.get(["id"])["id"] == moved
-    assert list(store.memories(["id"], "fp")) == ["id"]
+    assert list(store.memories(["text"], "fp")) == ["text"]
     assert store.generation == generation
+    assert store.problems() == []
 
 
 def test_without_a_vector_nothing_is_added(store: PassageStore) -> None:
@@ -130,8 +133,7 @@ def test_vectors_come_in_pages_in_row_order(store: PassageStore, monkeypatch: py
 
 def test_memories_are_float16_by_fingerprint(store: PassageStore) -> None:
     values = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
-    add(store, Passage("a", "a"), Passage("b", "b"))
-    assert store.put_memories({"a": values, "gone": values}, "one") == 1
+    assert store.put_memories({"a": values}, "one") == 1
     store.put_memories({"a": memory(1)}, "two")
     store.put_memories({"a": memory(2)}, "two")
     found = store.memories(["a", "b", "gone"], "one")
@@ -144,15 +146,46 @@ def test_memories_are_float16_by_fingerprint(store: PassageStore) -> None:
 
 
 def test_memories_are_kept_as_raw_little_endian_bytes(path: Path, store: PassageStore) -> None:
-    add(store, Passage("a", "a"), memory=[[1.0, -2.0]])
+    add(store, Passage("a", "a"), memory=np.array([[1.0, -2.0]]))
     with closing(sqlite3.connect(path)) as raw:
-        assert raw.execute("SELECT n, d, latents FROM memories").fetchone() == (1, 2, b"\x00\x3c\x00\xc0")
+        assert raw.execute("SELECT * FROM memories").fetchone()[:-1] == (
+            hashlib.sha256(b"a").digest(),
+            "fp",
+            "float16",
+            1,
+            2,
+            b"\x00\x3c\x00\xc0",
+        )
 
 
-def test_a_memory_of_another_text_than_is_stored_is_not_kept(store: PassageStore) -> None:
+def test_memories_of_texts_that_no_passage_has_are_kept_unless_they_should_not(store: PassageStore) -> None:
     add(store, Passage("new", "id"))
-    assert store.put_memories({Passage("old", "id"): memory(1)}, "fp") == 0
-    assert store.put_memories({Passage("new", "id"): memory(1)}, "fp") == 1
+    assert store.put_memories({"old": memory(1), "new": memory(2)}, "fp", only_stored=True) == 1
+    assert list(store.memories(["old", "new"], "fp")) == ["new"]
+    assert store.put_memories({"old": memory(1)}, "fp") == 1
+    assert store.delete(["id"]) == 1
+    assert list(store.memories(["old", "new"], "fp")) == ["old"]
+
+
+def test_passages_of_one_text_share_its_memory_until_the_last_is_gone(store: PassageStore) -> None:
+    add(store, Passage("same", "a"), Passage("same", "b"), memory=memory(1))
+    assert store.fingerprints() == {"fp": 1}
+    store.delete(["a"])
+    assert list(store.memories(["same"], "fp")) == ["same"]
+    add(store, Passage("another", "b"))
+    assert store.memories(["same"], "fp") == {}
+
+
+def test_memories_are_deleted_by_text_by_compressor_or_by_both(store: PassageStore) -> None:
+    for fingerprint in ("one", "two"):
+        store.put_memories({text: memory(1) for text in "abc"}, fingerprint)
+    assert store.delete_memories(["a", "unknown"], fingerprint="one") == 1
+    assert store.delete_memories(["b"]) == 2
+    assert store.fingerprints() == {"one": 1, "two": 2}
+    assert store.delete_memories(fingerprint="two") == 2
+    assert store.fingerprints() == {"one": 1}
+    with pytest.raises(ConfigError, match="texts or fingerprint must be given"):
+        store.delete_memories()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +200,7 @@ def test_a_memory_of_another_text_than_is_stored_is_not_kept(store: PassageStore
 )
 def test_a_memory_that_cannot_be_kept_is_refused(store: PassageStore, bad: Any, message: str) -> None:
     add(store, Passage("a", "a"))
-    with pytest.raises(InputError, match=f"The memory of passage 'a' .*{message}"):
+    with pytest.raises(InputError, match=f"The memory of 'a' cannot be kept: .*{message}"):
         store.put_memories({"a": bad}, "fp")
 
 
@@ -250,9 +283,9 @@ def test_threads_share_a_store(store: PassageStore) -> None:
 def test_durability_settings(path: Path, store: PassageStore) -> None:
     with store.transaction():
         values = [
-            store._db.value(f"PRAGMA {p}") for p in ("journal_mode", "synchronous", "foreign_keys", "user_version")
+            store._db.value(f"PRAGMA {p}") for p in ("journal_mode", "synchronous", "trusted_schema", "user_version")
         ]
-    assert values == ["wal", 2, 1, SCHEMA_VERSION]
+    assert values == ["wal", 2, 0, SCHEMA_VERSION]
 
 
 def test_a_locked_store_says_so_and_keeps_what_it_has(path: Path, store: PassageStore) -> None:
@@ -305,14 +338,14 @@ def test_a_damaged_store_says_so(path: Path, store: PassageStore) -> None:
 def test_a_torn_memory_says_so(path: Path, store: PassageStore) -> None:
     add(store, Passage("a", "a"), memory=memory(1))
     raw_file(path, "UPDATE memories SET latents = x'00'")
-    with pytest.raises(StoreError, match="the memory of 'a' is not 2 x 3 numbers"):
+    with pytest.raises(StoreError, match="the memory of 'a' is not as it was written"):
         store.memories(["a"], "fp")
 
 
 def test_a_torn_vector_says_so(path: Path, store: PassageStore) -> None:
     add(store, Passage("a", "a"), Passage("b", "b"))
     raw_file(path, "UPDATE passages SET vector = x'00000000' WHERE id = 'a'")
-    with pytest.raises(StoreError, match="vectors of unequal length"):
+    with pytest.raises(StoreError, match="the vector of row 1 is not as it was written"):
         list(store.vectors())
 
 
