@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,7 +89,8 @@ def index_with_ray(
         try:
             with progress("embedding and compressing" if compressor else "embedding", stored.passages) as advance:
                 advance(stored.passages - missing)
-                make_with_ray(parts, plan, workers=engine.workers, address=engine.address, advance=advance)
+                with redirect_stdout(sys.stderr):  # where Ray tells of workers that died; stdout is for the result
+                    make_with_ray(parts, plan, workers=engine.workers, address=engine.address, advance=advance)
             if index is not None:
                 opened = opened or stack.enter_context(PassageIndex.open(index, memory_form=memory_form))
                 # Read once more, not kept: a corpus may be larger than the memory of this machine.
