@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from vist_rag.batching import MicroBatcher
 from vist_rag.budget import Budget, Plan
 from vist_rag.compression import PassageCompressor, VisualMemory
 from vist_rag.generation import Generation, Prompt, VistGenerator
@@ -41,6 +44,11 @@ class VistRAG(VistReader):
         **settings: Any,
     ) -> None:
         super().__init__(compressor, generator, index=index, **settings)
+        self._questions: MicroBatcher[tuple[str, Budget], Answer] = MicroBatcher(
+            lambda asked: self.answer_batch([question for question, _ in asked], budget=asked[0][1]),
+            max_batch_size=self._batcher.max_batch_size,
+            max_wait_ms=self._batcher.max_wait_ms,
+        )
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -55,7 +63,7 @@ class VistRAG(VistReader):
         return super().from_pretrained(checkpoint, index=index, budget=budget, device=device)
 
     def answer(self, question: str, *, budget: Budget | None = None) -> Answer:
-        """Answer one question.
+        """Answer one question. Questions of several threads that come at the same time are answered together.
 
         Args:
             question: What is asked.
@@ -65,7 +73,15 @@ class VistRAG(VistReader):
             ConfigError: If the budget asks for more passages than the index has.
             IncompatibleMemoryError: If the generator's fusion was trained for another compressor.
         """
-        return self.answer_batch([question], budget=budget)[0]
+        return self._ask(question, budget).result()
+
+    async def aanswer(self, question: str, *, budget: Budget | None = None) -> Answer:
+        """As :meth:`answer`; the event loop is free meanwhile."""
+        return await asyncio.wrap_future(self._ask(question, budget))
+
+    def _ask(self, question: str, budget: Budget | None) -> Future[Answer]:
+        budget = budget or self.budget
+        return self._questions.submit((question, budget), key=budget)
 
     def answer_batch(self, questions: Sequence[str], *, budget: Budget | None = None) -> list[Answer]:
         """Answer questions together: one search, one generation; errors as ``answer``."""
@@ -121,7 +137,7 @@ class VistRAG(VistReader):
         origin = sum(self.raw_tokens(hit.passage) for hit, _ in read)
         raw = sum(self.raw_tokens(hit.passage) for hit in plan.raw)
         compressed = raw + prompt.memory_tokens + self._frame_tokens * len(plan.compressed)
-        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens)
+        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens, plan.limit)
         return Answer(question, text, citations, usage, timings_ms)
 
 
@@ -163,7 +179,7 @@ def encode_lacking(
     lacking = index.passages(lacking=compressor.fingerprint)
     while batch := list(islice(lacking, batch_size)):
         made = compress(compressor, [passage.content for passage in batch])
-        index.put_memories(made, compressor.fingerprint, only_stored=True)
+        index.put_memories(made, compressor.fingerprint, form=compressor.memory_form, only_stored=True)
         yield made
 
 

@@ -77,7 +77,8 @@ class Reply:
 
     Attributes:
         text: The answer.
-        usage: ``origin_tokens`` and ``compressed_tokens`` are of the passages that came as spans.
+        usage: ``origin_tokens`` and ``compressed_tokens`` are of the passages that came as spans, text around them not
+            counted; ``budget`` is None: a limit was met when they were marked.
     """
 
     text: str
@@ -241,10 +242,10 @@ class VistReader:
         Returns:
             What is read, best first.
         Raises:
-            ConfigError: If not even the best hit fits the budget's ``tokens``.
+            ConfigError: If not even the best hit fits the budget's limit.
         """
         if budget is None:
-            budget = replace(self.budget, k_memory=max(1, len(hits) - self.budget.k_raw), tokens=None)
+            budget = replace(self.budget, k_memory=max(1, len(hits) - self.budget.k_raw), tokens=None, rate=None)
         plan = self.plan(hits, budget)
         marked = [Marked(hit, "", 0) for hit in plan.raw]
         for hit, latents in zip(plan.compressed, plan.latents, strict=True):
@@ -300,7 +301,9 @@ class VistReader:
             if index is not None and not index.read_only:
                 kept = {text: latents.numpy() for text, latents in made.items()}
                 try:
-                    index.put_memories(kept, self.compressor.fingerprint, only_stored=only_stored)
+                    index.put_memories(
+                        kept, self.compressor.fingerprint, form=self.compressor.memory_form, only_stored=only_stored
+                    )
                 except StoreError as error:
                     if keep:
                         raise

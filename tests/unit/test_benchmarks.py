@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+from tests.support.benchmarks import FOLDER, load_benchmark
+from vist_rag.checkpoint import embedded_checkpoint
 
 
 @pytest.fixture(scope="module")
 def ablations() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablations", FOLDER / "ablations.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("ablations")
+
+
+@pytest.fixture(scope="module")
+def memory_bytes() -> ModuleType:
+    return load_benchmark("memory_bytes")
+
+
+@pytest.mark.parametrize("name", ["memory-bytes", "memory-bytes-test"])
+def test_the_page_on_the_size_of_memory_shows_what_was_measured(memory_bytes: ModuleType, name: str) -> None:
+    result = json.loads((FOLDER / "results" / f"{name}.json").read_text("utf-8"))
+    page = (FOLDER.parent / "docs" / "explanation" / "memory-size.md").read_text("utf-8")
+    assert memory_bytes.table(result) in page
+    assert f"{result['questions']} questions" in page
+    config = json.loads((embedded_checkpoint() / "compressor" / "config.json").read_text("utf-8"))
+    assert result["default"] == config["memory_form"]
+
+
+def test_a_basis_keeps_what_varies_and_one_scale_serves_the_largest(memory_bytes: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(400, 2)) @ rng.normal(size=(2, 12)) + 5).astype(np.float32)  # of two directions only
+    back, taken = memory_bytes.principal([rows[:300]], 0.01).stored(rows[300:])
+    assert taken < 100 * 12 * 2 / 8  # less than two bits a number
+    assert np.abs(back - rows[300:]).mean() < 0.05 * rows.std(0).max()
+    rows[:, 0] = 100
+    back, taken = memory_bytes.scaled(4).stored(rows)
+    assert taken == 400 * 12 // 2 + 2 * 400
+    assert np.abs(back[:, 1:] - rows[:, 1:]).mean() > 1  # steps of a hundred's seventh or a little less
 
 
 def result(folder: Path, name: str, *cells: tuple[str, float, float]) -> None:

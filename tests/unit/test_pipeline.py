@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,14 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.tiny import save_tiny_checkpoint, tiny_compressor
-from vist_rag.budget import Budget
+from vist_rag.budget import POLICIES, Budget, Policy
 from vist_rag.checkpoint import find_checkpoint
-from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
+from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError, StoreError
 from vist_rag.generation import Generation
 from vist_rag.pipeline import VistRAG
 from vist_rag.quoting import find_span
 from vist_rag.retrieval import PassageIndex
-from vist_rag.types import Passage
+from vist_rag.types import Answer, Passage
 
 PASSAGES = [
     Passage("The old bridge was built in 1867 by Marie Curie.", title="The bridge"),
@@ -144,6 +146,7 @@ def test_an_answer_says_what_it_read_and_what_it_cost(rag: VistRAG, budget: Budg
     assert usage.prompt_tokens == usage.compressed_tokens + asked
     assert 1 <= usage.completion_tokens <= 4
     assert usage.ratio == usage.origin_tokens / usage.compressed_tokens
+    assert usage.budget is None
     assert set(answer.timings_ms) == {"search", "memory", "generate", "total"}
     assert answer.timings_ms["total"] >= sum(answer.timings_ms[s] for s in ("search", "memory", "generate"))
     assert answer.question == QUESTION
@@ -203,13 +206,32 @@ def test_a_stream_ends_with_the_same_answer(rag: VistRAG) -> None:
 # ------------------------------------------------------------------------------------------------------------ budgets
 
 
-def test_a_token_budget_is_met_by_what_is_read(rag: VistRAG) -> None:
-    for tokens in (16, 25, 40, 60, 90, 140, 300):
-        answer = rag.answer(QUESTION, budget=Budget(k_raw=2, k_memory=3, tokens=tokens))
-        assert answer.usage.compressed_tokens <= tokens
-        assert answer.citations
-    assert len(answer.citations) == 5
-    assert [c.mode for c in answer.citations][:2] == ["raw", "raw"]
+def positions(rag: VistRAG, prompt_tokens: int) -> int:
+    """What the passages took of a prompt."""
+    return prompt_tokens - rag.generator.prompt_length(rag.template.build(QUESTION, [], []))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_token_budget_is_met_by_what_the_generator_reads(rag: VistRAG, policy: Policy) -> None:
+    hits = rag.index.search(QUESTION, 5)
+    everything = sum(rag.memory_tokens(hit.passage, None) for hit in hits)
+    for tokens in (16, 25, 40, everything - 1, everything, 300):
+        usage = rag.answer(QUESTION, budget=Budget(k_raw=2, k_memory=3, tokens=tokens, policy=policy)).usage
+        assert usage.compressed_tokens == positions(rag, usage.prompt_tokens)
+        assert usage.compressed_tokens == tokens or everything < usage.compressed_tokens < tokens
+        assert usage.budget == tokens
+    answer = rag.answer(QUESTION, budget=Budget(k_raw=2, k_memory=3, tokens=300, policy=policy))
+    assert [c.mode for c in answer.citations] == ["raw", "raw", "memory", "memory", "memory"]
+
+
+def test_a_rate_is_of_what_the_hits_take_as_text(rag: VistRAG) -> None:
+    raw = sum(rag.raw_tokens(hit.passage) for hit in rag.index.search(QUESTION, 3))
+    budget = Budget(k_memory=3, rate=0.25)
+    stream = rag.stream(QUESTION, budget=budget)
+    list(stream)
+    assert stream.answer is not None
+    for usage in (rag.answer(QUESTION, budget=budget).usage, stream.answer.usage):
+        assert usage.budget == usage.compressed_tokens == raw // 4 == positions(rag, usage.prompt_tokens)
 
 
 def test_more_passages_than_there_are_is_an_error(rag: VistRAG) -> None:
@@ -299,6 +321,41 @@ def test_no_memory_is_kept_for_a_text_that_was_replaced_meanwhile(rag: VistRAG, 
     rag.compressor = Slow(parts.compressor)  # type: ignore[assignment]
     assert rag.answer(QUESTION, budget=Budget(k_memory=1)).citations[0].passage == best
     assert rag.index.memories([best.content], parts.compressor.fingerprint) == {}
+
+
+def test_a_store_that_cannot_be_written_costs_no_answer(rag: VistRAG, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = rag.answer(QUESTION).text
+
+    def full(*_: Any, **__: Any) -> int:
+        raise StoreError("passages.sqlite cannot grow, the disk is full")
+
+    monkeypatch.setattr(rag.index, "put_memories", full)
+    fresh = VistRAG(rag.index, tiny_compressor(), rag.generator, budget=rag.budget, max_new_tokens=rag.max_new_tokens)
+    rag.index.delete_memories(fingerprint=fresh.compressor.fingerprint)
+    with pytest.warns(UserWarning, match=r"Memories were made and could not be kept\. .*the disk is full"):
+        assert fresh.answer(QUESTION).text == expected
+    with pytest.raises(StoreError, match="the disk is full"):  # whoever asks for them to be kept is told
+        fresh.prepare(PASSAGES, keep=True)
+
+
+def test_questions_of_several_threads_share_a_pass(rag: VistRAG, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, sizes = rag.answer(QUESTION).text, []
+    answer_batch = rag.answer_batch
+    monkeypatch.setattr(
+        rag, "answer_batch", lambda asked, **how: sizes.append(len(asked)) or answer_batch(asked, **how)
+    )
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(lambda _: rag.answer(QUESTION).text, range(32)))
+    assert answers == [expected] * 32
+    assert sum(sizes) == 32
+    assert len(sizes) < 32
+
+
+async def test_aanswer_answers_and_one_bad_question_fails_alone(rag: VistRAG) -> None:
+    good, bad = await asyncio.gather(rag.aanswer(QUESTION), rag.aanswer(" "), return_exceptions=True)
+    assert isinstance(good, Answer)
+    assert good.text == rag.answer(QUESTION).text
+    assert isinstance(bad, InputError)
 
 
 # ---------------------------------------------------------------------------------------------------------- citations

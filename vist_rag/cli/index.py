@@ -223,7 +223,8 @@ def store(
             made = compress(compressor, [p.content for p in lacking]) if lacking else {}
             stored.low_coverage |= low(_coverage(compressor, lacking))
         memories = [made.get(p.content) for p in batch] if compressor else None
-        added = index.add(batch, memories, fingerprint=fingerprint)
+        form = compressor.memory_form if compressor else None
+        added = index.add(batch, memories, fingerprint=fingerprint, form=form)
         stored.added += added
         stored.unchanged += len(batch) - added
         stored.memories_made += len(made)

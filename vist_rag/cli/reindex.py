@@ -55,7 +55,7 @@ def reindex(
             "index": str(index),
             "passages": len(opened),
             "fingerprint": compressor.fingerprint,
-            "memory_form": opened.memory_form,
+            "memory_form": opened.memory_form or compressor.memory_form,
             "made": made,
             "dropped": dropped,
             "seconds": round(time.monotonic() - begin, 2),

@@ -34,7 +34,8 @@ def verify(directory: Path, *, as_json: bool) -> None:
         for line in problems:
             out.print(printable(line), markup=False, soft_wrap=True)
         if not problems:
-            out.print(f"{directory}: {passages:,} passages, everything is as it was written", markup=False)
+            line = f"{directory}: {passages:,} passages, everything is as it was written"
+            out.print(printable(line), markup=False, soft_wrap=True)
     if problems:
         say(f"{count(len(problems), 'problem')}; vist-rag index --rebuild mends what is derived.", style="red")
         raise typer.Exit(DAMAGED)
@@ -63,7 +64,8 @@ def compact(directory: Path, *, as_json: bool) -> None:
     if as_json:
         emit_json({"index": str(directory), "bytes_before": before, "bytes_after": after})
     else:
-        out.print(f"{directory}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now", markup=False)
+        line = f"{directory}: {before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now"
+        out.print(printable(line), markup=False, soft_wrap=True)
 
 
 def stats(directory: Path, *, as_json: bool) -> None:

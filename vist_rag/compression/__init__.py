@@ -2,7 +2,6 @@
 
 from transformers import AutoConfig, AutoModel
 
-from vist_rag.compression import codec
 from vist_rag.compression.cache import LatentCache
 from vist_rag.compression.compressor import PassageCompressor, VistCompressor, VistConfig
 from vist_rag.compression.memory import VisualMemory
@@ -20,5 +19,4 @@ __all__ = [
     "VistCompressor",
     "VistConfig",
     "VisualMemory",
-    "codec",
 ]

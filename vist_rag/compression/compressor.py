@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from vist_rag.codec import DEFAULT_FORM, check_form
 from vist_rag.compression.memory import VisualMemory
 from vist_rag.compression.referenced import load_tower
 from vist_rag.compression.resampler import PerceiverResampler, windows_of_text
@@ -39,6 +40,8 @@ class VistConfig(PreTrainedConfig):
         atlas: Sizes of the glyph atlas that the checkpoint holds: ``glyphs``, ``width``, ``codepoints``, ``origin``.
         tower_reference: Fields of the ``Reference`` that the tower's weights come from; None: from the checkpoint. A
             model in memory holds all its weights, so there it is None.
+        memory_form: How its memories are stored where an index does not say (``vist_rag.codec``): the
+            smallest form that was measured to answer as well. No part of the fingerprint.
     """
 
     model_type = "vist_compressor"
@@ -47,6 +50,7 @@ class VistConfig(PreTrainedConfig):
     resampler: dict[str, Any] | None = None
     atlas: dict[str, int] | None = None
     tower_reference: dict[str, Any] | None = None
+    memory_form: str = DEFAULT_FORM
 
     def to_dict(self) -> dict[str, Any]:
         """The fields; ``tower_reference`` where there is one."""
@@ -56,6 +60,7 @@ class VistConfig(PreTrainedConfig):
         return fields
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_form(self.memory_form)
         self.renderer = asdict(RendererConfig(**(self.renderer or {})))
         self.resampler = {**asdict(ResamplerConfig(**(self.resampler or {})))}
         self.resampler["tower_layers"] = list(self.resampler["tower_layers"])
@@ -95,6 +100,11 @@ class PassageCompressor(PreTrainedModel):
     def memory_width(self) -> int:
         """Width ``d`` of a latent with all its parts."""
         return self.resampler_config.memory_width
+
+    @property
+    def memory_form(self) -> str:
+        """How its memories are stored where an index does not say."""
+        return str(getattr(self.config, "memory_form", DEFAULT_FORM))
 
     def _settings(self) -> list[Any]:
         """What changes a memory beside the weights."""

@@ -134,11 +134,11 @@ def decode(data: bytes, where: str, encoding: str = "utf-8-sig") -> str:
         encoding = "utf-16"
     try:
         text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where} is not {error.encoding}: byte {data[error.start]:#04x} at {error.start}; convert it to UTF-8 "
-            "(iconv -f ENCODING -t utf-8)."
-        ) from error
+    except UnicodeError as error:  # a few codecs do not say where
+        what = f"{encoding}: {error}"
+        if isinstance(error, UnicodeDecodeError):
+            what = f"{error.encoding}: byte {data[error.start]:#04x} at {error.start}"
+        raise InputError(f"{where} is not {what}; convert it to UTF-8 (iconv -f ENCODING -t utf-8).") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -170,16 +170,18 @@ _CHARSET = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGN
 
 def _read_html(path: Path) -> Document:
     data = read_bytes(path)
-    encoding = "utf-8-sig"
-    if declared := _CHARSET.search(data[:2048]):
-        try:
+    encoding, declared = "utf-8-sig", _CHARSET.search(data[:2048])
+    try:
+        if declared:
             # By the HTML standard, a page that says latin-1 means windows-1252.
             name = codecs.lookup(declared[1].decode("ascii")).name
             encoding = {"utf-8": encoding, "iso8859-1": "cp1252", "ascii": "cp1252"}.get(name, name)
-        except LookupError as error:
-            raise InputError(f"{path} declares the unknown charset {declared[1]!r}; convert it to UTF-8.") from error
+        text = decode(data, str(path), encoding)
+    except LookupError as error:  # also of a codec of Python's that makes no text, such as rot13
+        charset = declared[1] if declared else b""
+        raise InputError(f"{path} declares the unknown charset {charset!r}; convert it to UTF-8.") from error
     page = _HtmlText()
-    page.feed(decode(data, str(path), encoding))
+    page.feed(text)
     page.close()
     title = " ".join(page.title.split()) or page.first_heading or path.stem
     return Document("".join(page.parts), title, tuple(page.headings))

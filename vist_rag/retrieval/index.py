@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 
+from vist_rag import codec
 from vist_rag.batching import MicroBatcher
-from vist_rag.compression import codec
 from vist_rag.errors import ConfigError, InputError, ShapeError, StoreError
 from vist_rag.retrieval.database import is_writable
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, Embedder, SentenceTransformerEmbedder
@@ -69,9 +69,9 @@ class PassageIndex:
             embedder: None is the one that the index was made with, all-MiniLM-L6-v2 for a new one.
             index_factory: A FAISS factory string; None is the one that the index was made with, ``Flat`` (exact) for a
                 new one. Another one than before has the cache built anew.
-            memory_form: How memories are stored from now on: one of :data:`vist_rag.compression.codec.FORMS`; None is
-                what the index was made with. Those that are stored stay as they are and are read as before;
-                ``vist-rag reindex`` makes them anew.
+            memory_form: How memories are stored from now on: one of :data:`vist_rag.codec.FORMS`; None is
+                what was chosen before, else the form that is good for the compressor that makes them. Those that are
+                stored stay as they are and are read as before; ``vist-rag reindex`` makes them anew.
             read_only: Never write; the index must exist.
         Raises:
             StoreError: If the index is missing (read-only), locked, damaged, of a newer version, or was made with
@@ -151,9 +151,9 @@ class PassageIndex:
         return self._store.meta()
 
     @property
-    def memory_form(self) -> str:
-        """How memories are stored."""
-        return self.meta.get("memory_form", codec.DEFAULT_FORM)
+    def memory_form(self) -> str | None:
+        """How memories are stored, where that was chosen; None: in the form that is good for their compressor."""
+        return self.meta.get("memory_form")
 
     # ------------------------------------------------------------------------------------------------------- writing
 
@@ -164,6 +164,7 @@ class PassageIndex:
         *,
         vectors: Iterable[ArrayLike] | None = None,
         fingerprint: str = "",
+        form: str | None = None,
         progress: bool = False,
     ) -> int:
         """Embed passages and store them, with their memories where given, one transaction for every 256.
@@ -177,6 +178,7 @@ class PassageIndex:
             vectors: float ``[d]`` for each passage, of any length above 0; None: the embedder makes them. What is
                 stored with another vector is stored anew; its memories go.
             fingerprint: Of the compressor that made the memories.
+            form: How memories are stored where :attr:`memory_form` does not say; None: float16.
             progress: Whether to show a progress bar.
         Returns:
             How many passages are new or changed.
@@ -193,11 +195,11 @@ class PassageIndex:
         with tqdm(desc="indexing", unit=" passages", disable=not progress, total=_length(passages)) as bar:
             entries = _zipped(passages, memories, vectors)
             while batch := list(islice(entries, _BATCH)):
-                added += self._add_batch(batch, fingerprint)
+                added += self._add_batch(batch, fingerprint, self.memory_form or form or codec.DEFAULT_FORM)
                 bar.update(len(batch))
         return added
 
-    def _add_batch(self, batch: Sequence[_Given], fingerprint: str) -> int:
+    def _add_batch(self, batch: Sequence[_Given], fingerprint: str, form: str) -> int:
         own = self._given_vectors(batch)
         moved = self._moved(own)
         unknown = [given for given in batch if given.passage.id in moved or not self._store.holds(given.passage)]
@@ -216,7 +218,7 @@ class PassageIndex:
                 self._store.set_meta("index_factory", self._cache.factory)
             self._check_dimension(vectors)
             self._store.delete(moved)  # a row never changes its vector
-            return self._store.add(entries, fingerprint, self.memory_form)
+            return self._store.add(entries, fingerprint, form)
 
     def _given_vectors(self, batch: Sequence[_Given]) -> dict[str, NDArray[np.float32]]:
         """Vectors that were given, by passage id, of length 1; nothing where the embedder makes them."""
@@ -254,13 +256,21 @@ class PassageIndex:
         """
         return self._store.delete(ids)
 
-    def put_memories(self, memories: Mapping[str, ArrayLike], fingerprint: str, *, only_stored: bool = False) -> int:
+    def put_memories(
+        self,
+        memories: Mapping[str, ArrayLike],
+        fingerprint: str,
+        *,
+        form: str | None = None,
+        only_stored: bool = False,
+    ) -> int:
         """Keep memories, in one transaction; those of the same text and compressor are replaced.
 
         Args:
             memories: float ``[n, d]`` by text (``Passage.content``). The text need not be that of a passage here: so
                 memories are kept of passages that another database holds.
             fingerprint: Of the compressor that made them.
+            form: How they are stored where :attr:`memory_form` does not say; None: float16.
             only_stored: Pass over texts that no passage here has (any more).
         Returns:
             How many were kept.
@@ -268,13 +278,14 @@ class PassageIndex:
             InputError: If a memory is not ``[n, d]`` or not finite in float16.
             StoreError: If the index is read-only or locked.
         """
-        return self._store.put_memories(memories, fingerprint, form=self.memory_form, only_stored=only_stored)
+        form = self.memory_form or form or codec.DEFAULT_FORM
+        return self._store.put_memories(memories, fingerprint, form=form, only_stored=only_stored)
 
     def set_memory_form(self, form: str) -> None:
         """Store memories in this form from now on; those that are stored are read as before.
 
         Args:
-            form: One of :data:`vist_rag.compression.codec.FORMS`.
+            form: One of :data:`vist_rag.codec.FORMS`.
         Raises:
             ConfigError: If there is no such form.
             StoreError: If the index is read-only or locked.
@@ -413,12 +424,12 @@ class PassageIndex:
         """All passages in the order they were added.
 
         Args:
-            lacking: Only those without a memory of this fingerprint in the form that is stored now.
+            lacking: Only those without a memory of this fingerprint in :attr:`memory_form`.
         """
         return self._store.passages(lacking=lacking, form=self.memory_form)
 
     def count_lacking(self, fingerprint: str) -> int:
-        """How many passages have no memory of this fingerprint in the form that is stored now."""
+        """How many passages have no memory of this fingerprint in :attr:`memory_form`."""
         return self._store.count_lacking(fingerprint, self.memory_form)
 
     def sizes(self) -> Sizes:
@@ -503,6 +514,8 @@ def _length(passages: Iterable[Passage]) -> int | None:
 
 
 def _check_query(query: str) -> None:
+    if not isinstance(query, str):
+        raise InputError(f"The question must be a string, got {type(query).__name__}; give its text.")
     if not query.strip():
         raise InputError("The question is empty; ask something.")
     if len(query) > MAX_QUESTION_CHARS:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vist_rag.compression import codec
+from vist_rag import codec
 from vist_rag.errors import ConfigError, InputError, StoreError
 from vist_rag.retrieval.database import Database, utf8
 from vist_rag.retrieval.schema import (
@@ -202,7 +202,7 @@ class PassageStore:
         Args:
             entries: Passages with vectors and memories.
             fingerprint: Of the compressor that made the memories.
-            form: How the memories are stored (:mod:`vist_rag.compression.codec`).
+            form: How the memories are stored (:mod:`vist_rag.codec`).
         Returns:
             How many passages got a row.
         Raises:
@@ -385,7 +385,7 @@ class PassageStore:
         Args:
             memories: float ``[n, d]`` by text (``Passage.content``). The text need not be that of a passage here.
             fingerprint: Of the compressor that made them.
-            form: How they are stored (:mod:`vist_rag.compression.codec`).
+            form: How they are stored (:mod:`vist_rag.codec`).
             only_stored: Pass over texts that no passage here has (any more).
         Returns:
             How many were kept.
@@ -426,7 +426,7 @@ class PassageStore:
                 if row := self._db.execute(sql, key, utf8(fingerprint)).fetchone():
                     form, n, d, latents, stored = row
                     require_intact(self._db, f"the memory of {text[:40]!r}", stored, key, fingerprint, *row[:-1])
-                    found[text] = codec.decode(latents, form, n, d)
+                    found[text] = codec.decode(latents, form, n, d).astype(np.float16)
         return found
 
     def delete_memories(self, texts: Iterable[str] | None = None, *, fingerprint: str | None = None) -> int:

@@ -317,6 +317,20 @@ def test_a_missing_path_is_told_at_once(tmp_path: Path, name: str) -> None:
         read_passages([tmp_path, tmp_path / name])
 
 
+@pytest.mark.parametrize(
+    ("charset", "message"),
+    [
+        (b"nope", "declares the unknown charset b'nope'; convert it"),
+        (b"rot13", "declares the unknown charset b'rot13'; convert it"),  # Python knows it, and not as a text encoding
+        (b"undefined", "is not undefined: .*; convert it"),
+    ],
+)
+def test_html_in_a_charset_that_cannot_be_read(tmp_path: Path, charset: bytes, message: str) -> None:
+    path = written(tmp_path / "odd.html", b"<meta charset=" + charset + b"><p>text</p>")
+    with pytest.raises(InputError, match=re.escape(str(path)) + f" {message}"):
+        list(read_passages(path))
+
+
 def test_an_unknown_extension_that_was_named_is_told_at_once(corpus: Path) -> None:
     with pytest.raises(InputError, match=r"extension '\.png'; those that can be read are \.txt, \.md"):
         read_passages(corpus / "a/image.png")

@@ -93,7 +93,10 @@ def test_a_store_of_version_1_is_brought_up_to_date(path: Path, embedder: Any) -
         vectors = np.concatenate([v for _, v in store.vectors()])
         assert np.array_equal(vectors, embedder.encode([p.content for p in PASSAGES]))
         assert store.fingerprints() == {"one": 2, "two": 1}
-        (same, odd), one = (PASSAGES[0].content, PASSAGES[1].content), store.memories([p.content for p in PASSAGES], "one")
+        (same, odd), one = (
+            (PASSAGES[0].content, PASSAGES[1].content),
+            store.memories([p.content for p in PASSAGES], "one"),
+        )
         assert {text: m[0, 0] for text, m in one.items()} == {same: 1, odd: 3}
         assert store.memories([same], "two")[same].tolist() == memory(2).tolist()
         assert store.problems() == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -107,7 +108,7 @@ def test_damage_is_found_and_named(index: PassageIndex, embedder: Any, damage: s
     change(index, damage)
     with PassageIndex.open(directory, embedder=embedder, read_only=True) as damaged:
         (found,) = damaged.problems()
-    assert __import__("re").search(problem, found)
+    assert re.search(problem, found)
 
 
 def test_a_cache_with_other_vectors_than_the_store_is_found_and_made_anew(index: PassageIndex) -> None:
@@ -122,7 +123,7 @@ def test_a_cache_with_other_vectors_than_the_store_is_found_and_made_anew(index:
 
 def test_damaged_memories_go_and_are_made_again(index: PassageIndex, embedder: Any) -> None:
     directory = index._store.path.parent
-    change(index, "UPDATE memories SET latents = zeroblob(64) WHERE rowid IN (1, 2)")
+    change(index, "UPDATE memories SET latents = randomblob(64) WHERE rowid IN (1, 2)")
     with PassageIndex.open(directory, embedder=embedder) as mended:
         with pytest.raises(StoreError, match="is damaged"):
             mended.memories([PASSAGES[0].content], "fp")
@@ -131,16 +132,18 @@ def test_damaged_memories_go_and_are_made_again(index: PassageIndex, embedder: A
         assert [p.id for p in mended.passages(lacking="fp")] == ["p0", "p1"]
 
 
-def test_a_cache_that_counts_other_rows_than_the_store_says_so(index: PassageIndex, embedder: Any) -> None:
+def test_a_cache_that_counts_other_rows_than_the_store_says_so(
+    index: PassageIndex, embedder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = index._store.path.parent
     index.close()
     (directory / "passages.faiss").unlink()
-    data = bytearray(index._store.path.read_bytes())
-    index._store.path.write_bytes(data)
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="is missing"):
-        patch.setattr("vist_rag.retrieval.store.PassageStore.__len__", lambda self: 61)
-        with pytest.raises(StoreError, match="is damaged: 61 passages are counted and others are found"):
-            PassageIndex.open(directory, embedder=embedder)
+    monkeypatch.setattr("vist_rag.retrieval.store.PassageStore.__len__", lambda self: 61)
+    with (
+        pytest.warns(UserWarning, match="is missing"),
+        pytest.raises(StoreError, match="is damaged: 61 passages are counted and others are found"),
+    ):
+        PassageIndex.open(directory, embedder=embedder)
 
 
 def test_following_additions_does_not_look_at_all_rows(index: PassageIndex, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,8 +160,10 @@ def test_following_additions_does_not_look_at_all_rows(index: PassageIndex, monk
 
 
 def test_the_form_of_memories_is_remembered_and_a_wrong_one_refused(index: PassageIndex, embedder: Any) -> None:
-    assert index.memory_form == "float16"
-    with pytest.raises(ConfigError, match="memory.form"):
+    assert index.memory_form is None
+    index.put_memories({PASSAGES[8].content: np.zeros((4, 8), np.float32)}, "fp", form="int4")  # nobody has chosen
+    assert {some.form: some.memories for some in index.sizes().memories} == {"float16": 59, "int4": 1}
+    with pytest.raises(ConfigError, match="form of a memory must be one of float16, int8"):
         index.set_memory_form("float1")
     directory = index._store.path.parent
     index.set_memory_form("int8")
@@ -167,7 +172,7 @@ def test_the_form_of_memories_is_remembered_and_a_wrong_one_refused(index: Passa
         assert again.memory_form == "int8"
         assert again.count_lacking("fp") == 60  # in the new form
         assert again.memories([PASSAGES[7].content], "fp")[PASSAGES[7].content][0, 0] == 7  # the old is still read
-        again.put_memories({PASSAGES[7].content: np.full((4, 8), 7, np.float32)}, "fp")
+        again.put_memories({PASSAGES[7].content: np.full((4, 8), 7, np.float32)}, "fp", form="int4")
         assert again.count_lacking("fp") == 59
-        assert {some.form: some.memories for some in again.sizes().memories} == {"float16": 59, "int8": 1}
+        assert {some.form: some.memories for some in again.sizes().memories} == {"float16": 58, "int4": 1, "int8": 1}
         assert again.memories([PASSAGES[7].content], "fp")[PASSAGES[7].content][0, 0] == pytest.approx(7, abs=0.05)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.support.tiny import tiny_compressor, tiny_generator
-from vist_rag.compression.codec import DEFAULT_FORM, FORMS, check_form, decode, encode, size_bytes
+from vist_rag.codec import FORMS, check_form, decode, encode, size_bytes
 from vist_rag.errors import ConfigError, IncompatibleMemoryError, InputError, StoreError
 from vist_rag.generation import SoftPromptFusion
 
@@ -65,7 +65,7 @@ def test_sizes_are_known_before(form: str, n: int) -> None:
 
 
 def test_a_full_page_of_the_embedded_model_takes_less_than_16_kib() -> None:
-    assert size_bytes(DEFAULT_FORM, 64, 513) == 2 * 2 * 513 + 3 * 64 * 513 // 8 == 14364
+    assert size_bytes("int3", 64, 513) == 2 * 2 * 513 + 3 * 64 * 513 // 8 == 14364
     assert size_bytes("float16", 64, 513) == 65664
 
 
@@ -169,12 +169,12 @@ def test_stored_bytes_belong_to_no_generator() -> None:
     """A memory is stored as its compressor made it; each generator reads it by a fusion of its own."""
     compressor = tiny_compressor()
     latents = compressor.encode(["the river runs to the sea"])[0].latents
-    data = encode(latents.numpy(), DEFAULT_FORM)
+    data = encode(latents.numpy(), "int3")
     soft: list[torch.Tensor] = []
     for seed in (1, 2):
         generator = tiny_generator(seed)
         generator.fusion.bind(compressor.fingerprint)
-        memory = compressor.memory(torch.from_numpy(decode(data, DEFAULT_FORM, *latents.shape)))
+        memory = compressor.memory(torch.from_numpy(decode(data, "int3", *latents.shape)))
         generator.fusion.check(memory)
         soft.append(generator.fusion.read(generator, memory.latents)[0])
     assert soft[0].shape == soft[1].shape == (len(latents) + 2, 32)
