@@ -284,7 +284,7 @@ class Parts:
             yield part, some
 
     def merge(
-        self, part: Part, passages: Sequence[Passage], index: PassageIndex, *, keep: bool
+        self, part: Part, passages: Sequence[Passage], index: PassageIndex, *, keep: bool, form: str | None = None
     ) -> tuple[int, dict[str, float]]:
         """Store a part in an index; what is stored already is not written again.
 
@@ -293,6 +293,7 @@ class Parts:
             passages: Those of the part.
             index: Where to.
             keep: Whether the file stays.
+            form: How memories are stored where the index does not say.
         Returns:
             How many passages are new or changed, and the coverage by passage id, where it is known.
         Raises:
@@ -308,7 +309,7 @@ class Parts:
                 None if passage.content in known else memory
                 for passage, memory in zip(passages, made.memories, strict=True)
             ]
-        added = index.add(passages, memories, vectors=made.vectors, fingerprint=fingerprint)
+        added = index.add(passages, memories, vectors=made.vectors, fingerprint=fingerprint, form=form)
         if not keep:
             self.path(part.key).unlink(missing_ok=True)
         return added, dict(zip((p.id for p in passages), made.coverage, strict=False))

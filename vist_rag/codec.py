@@ -25,13 +25,8 @@ from vist_rag.errors import ConfigError, InputError, StoreError
 FORMS: Mapping[str, int] = MappingProxyType({"float16": 16, "int8": 8, "int4": 4, "int3": 3, "int2": 2})
 """Forms of a stored memory, and the bits that each number takes."""
 
-<<<<<<< HEAD:vist_rag/codec.py
 DEFAULT_FORM = "float16"
 """Of a compressor whose smaller forms nobody has measured; one that is measured names its own (``VistConfig``)."""
-=======
-DEFAULT_FORM = "int3"
-"""The smallest form within a point of float16's EM on development questions (``benchmarks/memory_bytes.py``)."""
->>>>>>> codec:vist_rag/compression/codec.py
 
 
 def size_bytes(form: str, n: int, d: int) -> int:

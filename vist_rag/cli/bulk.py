@@ -94,7 +94,8 @@ def index_with_ray(
             if index is not None:
                 opened = opened or stack.enter_context(PassageIndex.open(index, memory_form=memory_form))
                 # Read once more, not kept: a corpus may be larger than the memory of this machine.
-                _merge(parts, plan, read_files(paths, words, []), opened, stored, keep=parquet is not None)
+                form = compressor.memory_form if compressor else None
+                _merge(parts, plan, read_files(paths, words, []), opened, stored, form, keep=parquet is not None)
                 if compressor is not None:
                     compress_lacking(opened, compressor, stored)
         except KeyboardInterrupt as error:
@@ -118,11 +119,18 @@ def _passages(plan: Sequence[Part], state: str) -> int:
 
 
 def _merge(
-    parts: Parts, plan: Sequence[Part], passages: Iterable[Passage], index: PassageIndex, stored: Stored, *, keep: bool
+    parts: Parts,
+    plan: Sequence[Part],
+    passages: Iterable[Passage],
+    index: PassageIndex,
+    stored: Stored,
+    form: str | None,
+    *,
+    keep: bool,
 ) -> None:
     with progress("storing", stored.passages) as advance:
         for part, some in parts.again(plan, passages):
-            added, coverage = parts.merge(part, some, index, keep=keep)
+            added, coverage = parts.merge(part, some, index, keep=keep, form=form)
             stored.added += added
             stored.unchanged += len(some) - added
             if part.state == "missing":

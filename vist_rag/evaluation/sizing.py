@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vist_rag.compression import VistCompressor, codec
+from vist_rag import codec
+from vist_rag.compression import VistCompressor
 from vist_rag.errors import ConfigError, InputError
 from vist_rag.retrieval import Embedder, GivenVectors, PassageIndex
 from vist_rag.types import Passage
@@ -72,7 +73,7 @@ def measure_rates(
 
     embed, vectors = timed(lambda: embedder.encode(texts))
     encode, made = timed(lambda: [memory.latents.numpy() for memory in compressor.encode(texts)])
-    store, sizes = timed(lambda: _stored(passages, vectors, made, compressor.fingerprint))
+    store, sizes = timed(lambda: _stored(passages, vectors, made, compressor))
     n, d = [len(memory) for memory in made], made[0].shape[1]
     forms = {form: round(float(np.mean([codec.size_bytes(form, k, d) for k in n])), 1) for form in codec.FORMS}
     words = [len(text.split()) for text in texts]
@@ -83,6 +84,7 @@ def measure_rates(
             "fingerprint": compressor.fingerprint,
             "latents": round(float(np.mean(n)), 2),
             "width": d,
+            "memory_form": compressor.memory_form,
             "latents_per_page": compressor.resampler_config.latents_per_page,
             "page_flops": page_flops(compressor.config.tower, compressor.resampler_config),
             "device": str(compressor.device),
@@ -93,13 +95,14 @@ def measure_rates(
     }
 
 
-def _stored(passages: Sequence[Passage], vectors: Any, memories: Sequence[Any], fingerprint: str) -> Any:
+def _stored(passages: Sequence[Passage], vectors: Any, memories: Sequence[Any], compressor: VistCompressor) -> Any:
     """Store a sample as :mod:`vist_rag.bulk` does, and say what it takes."""
     with (
         tempfile.TemporaryDirectory(prefix="vist-") as directory,
         PassageIndex.open(directory, embedder=GivenVectors("sample")) as index,
     ):
-        index.add(passages, memories, vectors=vectors, fingerprint=fingerprint)
+        form = compressor.memory_form
+        index.add(passages, memories, vectors=vectors, fingerprint=compressor.fingerprint, form=form)
         return index.sizes()
 
 
@@ -150,7 +153,7 @@ def read_rates(path: Path) -> dict[str, Any]:
         rates = json.loads(path.read_text("utf-8"))
         if rates["format"] != FORMAT:
             raise InputError(f"{path} must be of format {FORMAT}, got {rates['format']!r}; make it with this version.")
-        size_of(rates, 1)
+        table(rates, [1])
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check the path.") from error
     except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
@@ -266,11 +269,12 @@ def _rows(rates: Mapping[str, Any], machines: int) -> list[_Row]:
         how = "derived" if "tower" in compressor else "measured"
         return f"{how}: {each['memory'][form]:,.0f} bytes, {latents:.1f} latents of {width}"
 
+    forms = dict.fromkeys((compressor["memory_form"], "int8", "float16"))  # the first is what an index stores
     on = "1 machine" if machines == 1 else f"{machines} machines"
     return [
         ("text", size("text"), f"measured: {each['text']:,.0f} bytes a passage"),
         ("vectors, float32", size("vectors"), f"derived: 4 x {d} bytes"),
-        *((f"memory, {form}", size("memory", form), memory(form)) for form in (codec.DEFAULT_FORM, "int8", "float16")),
+        *((f"memory, {form}", size("memory", form), memory(form)) for form in forms),
         *((f"FAISS {name}, RAM", size("faiss", name), "derived") for name in FACTORIES),
         (f"embed, {on}", hours("embed"), f"measured: {speed['embed']:,.1f} passages/s a machine"),
         (f"encode, {on}", hours("encode"), f"{other}: {speed['encode']:,.1f} passages/s a machine"),

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.cli import WordEmbedder
 from tests.support.tiny import TOWER, tiny_compressor
-from vist_rag.compression import codec
+from vist_rag import codec
 from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError, InputError
 from vist_rag.evaluation import sizing
@@ -28,7 +28,7 @@ RATES: dict[str, Any] = {
     "machine": {"device": "cpu", "processor": "Some CPU", "cores": 4, "threads": 2},
     "sample": {"passages": 10, "words": 100.0},
     "embedder": {"name": "e", "dimension": 384},
-    "compressor": {"latents": 32, "width": 16, "latents_per_page": 64, "page_flops": 10**9},
+    "compressor": {"latents": 32, "width": 16, "memory_form": "int3", "latents_per_page": 64, "page_flops": 10**9},
     "passages_per_s": {"embed": 100.0, "encode": 50.0, "store": 1000.0},
     "bytes_per_passage": {"text": 600.0, "memory": {"float16": 1024.0, "int8": 576.0, "int3": 256.0}},
 }
