@@ -113,7 +113,8 @@ def test_measured(tiny: Path) -> None:
 
 
 def test_rates_are_measured_and_corpora_sized_by_them(tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "sample.txt").write_text("The keeper of the lighthouse counts the ships that pass. " * 40)
+    told = [f"Keeper {i} of the lighthouse counts the ships that pass." for i in range(40)]
+    (tmp_path / "sample.txt").write_text(" ".join(told))
     rates = tmp_path / "rates" / "here.json"
     arguments = ("--model", tiny, "--data", tmp_path / "sample.txt", "--words", 20)
     written = run_json("--measure-rates", "-o", rates, *arguments)
@@ -133,7 +134,7 @@ def test_rates_are_measured_and_corpora_sized_by_them(tiny: Path, tmp_path: Path
     deeper = run("--passages", "1M", "--rates", rates, "--tower", "vit-l-14")
     assert "derived: FLOPs of vit-l-14" in deeper.stdout
     now = run("--passages", "1M", *arguments)  # measured on the spot
-    assert "| text | 1" in now.stdout
+    assert "over 20 passages of 21 words" in now.stdout
 
 
 @pytest.mark.parametrize(
