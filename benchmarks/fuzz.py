@@ -4,7 +4,8 @@
 
 Doors in turn: texts of all of Unicode to the renderer and, some of them, to the compressor; files of random bytes, odd
 encodings, malformed JSON Lines and HTML to ``read_passages``; queries to an index; budgets; spans, forged ones among
-them; stored memories, damaged ones among them. Anything else than what is allowed is printed with its seed;
+them; stored memories, damaged ones among them; indexes whose files were damaged. Anything else than what is allowed is
+printed with its seed;
 ``--seed N --cases 1`` is that case again.
 """
 

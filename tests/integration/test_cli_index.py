@@ -165,7 +165,10 @@ def test_json_names_what_was_left_out(tiny: Path, docs: Path, index: Path) -> No
         (("--parquet", "p", "--verify"), "stand alone"),
     ],
 )
-def test_options_that_do_not_go_together(docs: Path, arguments: tuple[object, ...], message: str) -> None:
+def test_options_that_do_not_go_together(
+    docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert message in failure("index", docs, *arguments)
     assert not Path("i").exists()
 

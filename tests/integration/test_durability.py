@@ -39,7 +39,7 @@ def test_kills_at_random_moments_lose_nothing() -> None:
 
 
 def test_many_ask_while_another_process_writes() -> None:
-    result = run("soak", "--seconds", "3", "--askers", "8")
+    result = run("soak", "--seconds", "3", "--askers", "8", "--questions", "6")
     for what in ("wrong_answers", "errors", "writer_error", "problems_afterwards"):
         assert not result[what], result[what]
     assert result["answers"] > 8

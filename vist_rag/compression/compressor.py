@@ -25,9 +25,14 @@ from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError
 from vist_rag.references import Reference
 from vist_rag.rendering import GlyphAtlas, Pages, Renderer
+from vist_rag.rendering.pages import check_texts
 
 _NO_SETTING = frozenset({"architectures", "dtype", "transformers_version"})
 """Fields of a tower's config that change no feature."""
+_BATCH_ON_CPU, _BATCH = 8, 32
+"""Full pages in a forward pass (``benchmarks/encode.py``)."""
+_RENDERED_TEXTS, _RENDERED_CHARACTERS = 128, 75_000
+"""Texts whose pages are held at a time, and their length: a page of 200 kB takes some 600 characters."""
 
 
 class VistConfig(PreTrainedConfig):
@@ -72,6 +77,9 @@ class PageRenderer(Protocol):
 
     def render(self, texts: Sequence[str]) -> Pages:
         """Pages of the texts, in order."""
+
+    def count_patches(self, texts: Sequence[str]) -> list[int]:
+        """Patches that hold text on each of these pages, without making them."""
 
 
 class PassageCompressor(PreTrainedModel):
@@ -143,8 +151,7 @@ class PassageCompressor(PreTrainedModel):
     def features(self, pixel_values: Tensor, patch_mask: Tensor) -> Tensor:
         """What the tower sees: float ``[p, s', d_v * layers read]``; ``s'`` stops at the longest text."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_trains()):
-            hidden = self.tower(pixel_values, patch_mask)
-        return torch.cat([hidden[layer] for layer in self.resampler_config.tower_layers], dim=-1)
+            return torch.cat(self.tower(pixel_values, patch_mask, self.resampler_config.tower_layers), dim=-1)
 
     def forward(self, pixel_values: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Compress pages.
@@ -167,19 +174,25 @@ class PassageCompressor(PreTrainedModel):
 
     def count_latents(self, text: str) -> int:
         """How many latents ``encode`` will make of a text: known from its layout alone, without the tower."""
-        used = self.renderer.render([text]).patch_mask.sum(1)
-        return sum(max(1, -(-int(n) // self.window)) for n in used)
+        return sum(self._latents_of(n) for n in self.renderer.count_patches([text]))
+
+    def _latents_of(self, patches: int) -> int:
+        """Latents of a page with text on so many patches; a blank page has one."""
+        return max(1, -(-patches // self.window))
 
     def _tower_trains(self) -> bool:
         return any(p.requires_grad for p in self.tower.parameters())
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False) -> list[VisualMemory]:
+    @torch.no_grad()  # not inference_mode: what is trained on memories needs ordinary tensors
+    def encode(
+        self, texts: Sequence[str], *, batch_size: int | None = None, progress: bool = False
+    ) -> list[VisualMemory]:
         """Compress texts, each on pages of its own, so that a memory depends on its text alone.
 
         Args:
             texts: What to compress; an empty text has a memory of one latent.
-            batch_size: Pages in one forward pass.
+            batch_size: Full pages in one forward pass, or as many shorter ones as take no more patches. None: few on a
+                CPU, so that its caches hold what is computed, and more elsewhere.
             progress: Show a progress bar.
         Returns:
             A memory for each text, in order, on the CPU.
@@ -189,19 +202,20 @@ class PassageCompressor(PreTrainedModel):
         """
         if isinstance(texts, str):
             raise InputError("texts must be a list of strings, got one string; wrap it in a list.")
+        check_texts(texts)
+        if batch_size is None:
+            batch_size = _BATCH_ON_CPU if self.device.type == "cpu" else _BATCH
         if batch_size < 1:
             raise ConfigError(f"batch_size must be 1 or more, got {batch_size}.")
         was_training = self.training
         self.eval()
-        # Neighbours in length share a batch, so that little is computed on blank patches.
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]) if isinstance(texts[i], str) else 0)
         latents: list[list[Tensor]] = [[] for _ in texts]
         try:
             with tqdm(total=len(texts), desc="compressing", unit=" passages", disable=not progress) as bar:
-                for begin in range(0, len(order), batch_size):
-                    some = order[begin : begin + batch_size]
+                for some in _rendered_together(texts):
                     pages = self.renderer.render([texts[i] for i in some])
-                    for text_id, page in self._page_latents(pages, batch_size):
+                    read = self._page_latents(pages, batch_size)
+                    for text_id, page in zip(pages.text_ids.tolist(), read, strict=True):
                         latents[some[text_id]].append(page)
                     bar.update(len(some))
         finally:
@@ -212,12 +226,39 @@ class PassageCompressor(PreTrainedModel):
         """The memory whose latents, float ``[n, d]``, this compressor made."""
         return VisualMemory(latents, self.fingerprint)
 
-    def _page_latents(self, pages: Pages, batch_size: int) -> Iterator[tuple[int, Tensor]]:
-        for begin in range(0, len(pages), batch_size):
-            part = slice(begin, begin + batch_size)
-            latents, standing = self(pages.pixel_values[part], pages.patch_mask[part])
-            for text_id, page, mask in zip(pages.text_ids[part].tolist(), latents, standing, strict=True):
-                yield text_id, page[: max(1, int(mask.sum()))].float().cpu()
+    def _page_latents(self, pages: Pages, batch_size: int) -> list[Tensor]:
+        """Latents of each page, float32 ``[n, d]``, on the CPU."""
+        lengths = pages.patch_mask.sum(1).clamp(min=1)
+        order = lengths.argsort(stable=True)
+        counts, held = lengths.tolist(), order.tolist()
+        found: list[Tensor] = [lengths] * len(held)
+        begin = 0
+        while begin < len(held):  # neighbours in length share a pass, so that hardly a blank patch is computed
+            end, room = begin + 1, batch_size * pages.patch_mask.shape[1]
+            while end < len(held) and counts[held[end]] * (end + 1 - begin) <= room:
+                end += 1
+            part = order[begin:end]
+            latents, _ = self(pages.pixel_values[part], pages.patch_mask[part])
+            rows = latents.float().cpu()  # one transfer
+            for page, row in zip(held[begin:end], rows, strict=True):
+                found[page] = row[: self._latents_of(counts[page])]
+            begin = end
+        return found
+
+
+def _rendered_together(texts: Sequence[str]) -> Iterator[list[int]]:
+    """Which texts are rendered at a time: neighbours in length, as many as take some 25 MB."""
+    some: list[int] = []
+    characters = 0
+    for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+        full = some and characters + len(texts[i]) > _RENDERED_CHARACTERS
+        if full or len(some) == _RENDERED_TEXTS:
+            yield some
+            some, characters = [], 0
+        some.append(i)
+        characters += len(texts[i])
+    if some:
+        yield some
 
 
 class VistCompressor(PassageCompressor):

@@ -108,6 +108,10 @@ class TokenRenderer:
             coverage=torch.ones(len(texts)),
         )
 
+    def count_patches(self, texts: Sequence[str]) -> list[int]:
+        """Tokens on each page of the texts."""
+        return [int(n) for n in self.render(texts).patch_mask.sum(1)]
+
 
 class TextTower(nn.Module):
     """A text encoder in the vision tower's place: any Hugging Face encoder that takes ``input_ids``.
@@ -129,12 +133,13 @@ class TextTower(nn.Module):
         """Width of a token's feature."""
         return int(self.words.weight.shape[1] if self.words is not None else cast(Any, self.model).config.hidden_size)
 
-    def forward(self, token_ids: Tensor, mask: Tensor) -> list[Tensor]:
+    def forward(self, token_ids: Tensor, mask: Tensor, read: Sequence[int] | None = None) -> list[Tensor]:
         """Read pages of tokens.
 
         Args:
             token_ids: int64 ``[p, s]``.
             mask: True where there is a token, bool ``[p, s]``.
+            read: Which of these are wanted, in this order; None: all.
         Returns:
             The token embeddings, then the hidden state of each layer, each float ``[p, s', d_v]``; ``s'`` is the
             longest page of the batch.
@@ -142,13 +147,14 @@ class TextTower(nn.Module):
         longest = max(1, int(mask.sum(1).max()))
         token_ids, mask = token_ids[:, :longest], mask[:, :longest]
         if self.words is not None:
-            return [self.words(token_ids)]
+            return [self.words(token_ids)] * (1 if read is None else len(read))
         model = cast(PreTrainedModel, self.model)
         begun = torch.cat((token_ids.new_full((len(token_ids), 1), self.begin_token_id), token_ids), dim=1)
         attended = torch.cat((mask.new_ones(len(mask), 1), mask), dim=1)
-        read = model(input_ids=begun, attention_mask=attended.long(), output_hidden_states=True)
+        states = model(input_ids=begun, attention_mask=attended.long(), output_hidden_states=True).hidden_states
         words = model.get_input_embeddings()(token_ids)
-        return [words, *(states[:, 1:] for states in read.hidden_states[1:])]
+        hidden = [words, *(state[:, 1:] for state in states[1:])]
+        return hidden if read is None else [hidden[i] for i in read]
 
 
 class TextCompressor(PassageCompressor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,36 +80,48 @@ class VisionTower(nn.Module):
         """Width ``d_v`` of a patch feature."""
         return int(self.model.config.hidden_size)
 
-    def forward(self, pixel_values: Tensor, mask: Tensor) -> list[Tensor]:
+    def forward(self, pixel_values: Tensor, mask: Tensor, read: Sequence[int] | None = None) -> list[Tensor]:
         """Read pages.
 
         Args:
             pixel_values: float ``[p, c, size, size]``.
             mask: True where a patch holds text, bool ``[p, s]``; text comes first, and every page has some.
+            read: Which hidden states are wanted, negative ones counted from the end; others are not kept, and layers
+                behind the last one are not run. None: all.
         Returns:
-            Hidden states from the patch embedding (first) to the last layer, each float ``[p, s', d_v]``; ``s'`` is the
-            longest text of the batch in patches, special tokens removed. The last one is the model's own
-            ``last_hidden_state``: after the final norm, but for CLIP, which norms its pooled token only.
+            The hidden states that are read, in that order, else from the patch embedding (first) to the last layer,
+            each float ``[p, s', d_v]``; ``s'`` is the longest text of the batch in patches, special tokens removed. The
+            last one is the model's own ``last_hidden_state``: after the final norm, but for CLIP, which norms its
+            pooled token only.
         """
-        core = self.core
-        longest = max(1, int(mask.sum(1).max()))
+        core, last = self.core, len(self.layers)
+        wanted = [i if i >= 0 else last + 1 + i for i in (range(last + 1) if read is None else read)]
+        shortest, longest = (max(1, int(n)) for n in mask.sum(1).aminmax())  # asked one by one: counting answers that
         states = core.embeddings(pixel_values.to(self.model.dtype))
         special = states.shape[1] - mask.shape[1]
         states = states[:, : special + longest]
         is_clip = hasattr(core, "pre_layrnorm")  # the name is spelt so there
         if is_clip:
             states = core.pre_layrnorm(states)
-        attended = torch.cat((mask.new_ones(len(mask), special), mask[:, :longest]), dim=1)
-        bias = torch.zeros_like(attended, dtype=states.dtype).masked_fill(~attended, torch.finfo(states.dtype).min)
-        bias = bias[:, None, None, :].expand(-1, 1, states.shape[1], -1)
-        hidden = [states]
-        for layer in self.layers:
-            output = layer(hidden[-1], bias)
-            hidden.append(output[0] if isinstance(output, tuple) else output)
+        # Pages of one length need no mask.
+        bias = _bias(mask[:, :longest], special, states.dtype) if shortest < longest else None
+        hidden = {0: states}
+        for number, layer in enumerate(self.layers[: max(wanted)], start=1):
+            output = layer(states, bias)
+            states = output[0] if isinstance(output, tuple) else output
+            if number in wanted:
+                hidden[number] = states
         final_norm = getattr(core, "layernorm", None) or getattr(core, "post_layernorm", None)
-        if final_norm is not None and not is_clip:
-            hidden[-1] = final_norm(hidden[-1])
-        return [h[:, special:] for h in hidden]
+        if final_norm is not None and not is_clip and last in hidden:
+            hidden[last] = final_norm(hidden[last])
+        return [hidden[number][:, special:] for number in wanted]
+
+
+def _bias(mask: Tensor, special: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of attention: bool ``[p, s]`` -> ``[p, 1, special + s, special + s]``."""
+    attended = torch.cat((mask.new_ones(len(mask), special), mask), dim=1)
+    bias = torch.zeros_like(attended, dtype=dtype).masked_fill(~attended, torch.finfo(dtype).min)
+    return bias[:, None, None, :].expand(-1, 1, attended.shape[1], -1)
 
 
 def _layers(core: nn.Module) -> nn.ModuleList | None:

@@ -205,6 +205,7 @@ class _Runs:
             output = self.generator.model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
 
     def _first_token(self, prompt: Prompt) -> None:
+        self.generator.prefixes.clear()  # a question of its own, not the follow-up of the last run
         self.generator.generate([prompt], max_new_tokens=1)
 
     def _took(self, function: Callable[[], Any]) -> tuple[Any, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, StoppingCriteriaList
 
@@ -20,10 +22,13 @@ from vist_rag.compression import VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError, VistError
 from vist_rag.generation.fusion import SoftPromptFusion
 from vist_rag.generation.int8 import is_int8, load_int8
+from vist_rag.generation.prefix_cache import PrefixCache
 from vist_rag.generation.prompt import MemorySegment, Message, Prompt, Segment, TemplateSegment, TextSegment
 from vist_rag.generation.referenced import is_referenced, load_referenced
 from vist_rag.generation.streaming import Pieces, StopAt, holds_any, until
 
+PREFIX_CACHE_BYTES = 256 * 2**20
+"""Keys and values that a generator keeps: 2,300 positions of Qwen3-0.6B in bf16."""
 _PLACEHOLDER = "\u2042vist\u2042"
 
 
@@ -49,18 +54,31 @@ class VistGenerator:
         model: Any Hugging Face causal LM whose ``generate`` takes ``inputs_embeds``.
         tokenizer: Its tokenizer; a chat template, where it has one, is used.
         fusion: How memory enters. None: text only.
+        prefix_cache_bytes: What is kept of how prompts begin, for those that begin alike; on the model's device. 0:
+            nothing. A model that reads its prompt in both directions, as the embedded one, keeps nothing.
 
     Attributes:
         frame: Token ids that stand before and after every prompt: beginning of sequence, or the chat template's.
 
+        prefixes: What is kept of how prompts begin.
+
     Raises:
         ShapeError: If the fusion was built for another width.
+        ConfigError: If ``prefix_cache_bytes`` is below 0.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, fusion: SoftPromptFusion | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        fusion: SoftPromptFusion | None = None,
+        *,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.frame = _frame(tokenizer)
+        self.prefixes = PrefixCache(prefix_cache_bytes)
         self._tokenizing = threading.Lock()
         width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
         if fusion is not None and fusion.config.generator_width != width:
@@ -78,6 +96,7 @@ class VistGenerator:
         fusion: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> VistGenerator:
         """Load a generator and, where given, the fusion that was trained for it.
 
@@ -86,6 +105,7 @@ class VistGenerator:
             fusion: Directory that ``SoftPromptFusion.save_pretrained`` wrote.
             device: None means cuda, then mps, then cpu.
             dtype: Of the weights; None means bf16 on cuda and float32 elsewhere.
+            prefix_cache_bytes: What is kept of how prompts begin.
         Raises:
             CheckpointError: If the model cannot be loaded, or the one that is referred to is missing or was changed.
             MissingDependencyError: If it has a LoRA adapter and peft is not installed.
@@ -104,7 +124,8 @@ class VistGenerator:
             raise
         except Exception as error:  # torn weights, a torn tokenizer and bad JSON each raise a class of their own
             raise CheckpointError(f"generator {model} cannot be loaded ({error}); restore its files.") from error
-        return cls(cast(Any, lm).to(device), tokenizer, SoftPromptFusion.from_pretrained(fusion) if fusion else None)
+        read = SoftPromptFusion.from_pretrained(fusion) if fusion else None
+        return cls(cast(Any, lm).to(device), tokenizer, read, prefix_cache_bytes=prefix_cache_bytes)
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +255,7 @@ class VistGenerator:
         answers: list[Generation] = []
         for begin in range(0, len(prompts), batch_size):
             some = list(prompts[begin : begin + batch_size])
-            with self.fusion.condition(self, some) as inputs:
+            with self._read(some, options) as inputs:
                 self._check_length(inputs, max_new_tokens)
                 output = self.model.generate(**inputs, **self._options(max_new_tokens, stop_at, options))
             lengths = inputs["attention_mask"].sum(1).tolist()
@@ -256,7 +277,7 @@ class VistGenerator:
         pieces, stop_at = Pieces(self.tokenizer), StopAt(self.tokenizer, stop)
         outputs: list[Tensor] = []
         failures: list[BaseException] = []
-        with self.fusion.condition(self, [prompt]) as inputs:
+        with self._read([prompt], options) as inputs:
             self._check_length(inputs, max_new_tokens)
             arguments = {**inputs, **self._options(max_new_tokens, stop_at, options), "streamer": pieces}
 
@@ -275,9 +296,25 @@ class VistGenerator:
             finally:
                 stop_at.cancelled.set()
                 thread.join()
-        if failures:
-            raise failures[0]
+            if failures:
+                raise failures[0]
         return self._generation(outputs[0][0], int(inputs["attention_mask"].sum()), stop)
+
+    @contextmanager
+    def _read(self, prompts: list[Prompt], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What ``generate`` is given of prompts; how they begin is taken from what was read before, and kept."""
+        found, wanted = self.prefixes.begin(self, prompts, options)
+        with self.fusion.condition(self, prompts, skip=found.parts if found else 0) as inputs:
+            if found is not None:
+                # Where the prefix stands nothing is read: generate takes what comes behind.
+                inputs["inputs_embeds"] = F.pad(inputs["inputs_embeds"], (0, 0, found.length, 0))
+                inputs["attention_mask"] = F.pad(inputs["attention_mask"], (found.length, 0), value=1)
+                inputs["past_key_values"] = found.cache(len(prompts), self.model)
+            elif wanted:
+                inputs["past_key_values"] = wanted[0].cache(len(prompts), self.model)
+            yield inputs
+            if wanted:
+                self.prefixes.keep(wanted, inputs["past_key_values"], inputs["attention_mask"])
 
     @torch.no_grad()
     def score(self, prompt: Prompt, continuations: Sequence[Tensor], *, batch_size: int = 64) -> list[Tensor]:

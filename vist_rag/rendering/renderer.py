@@ -56,7 +56,7 @@ class Renderer:
         check_texts(texts)
         lines = set_lines(texts, self.atlas, self.config.page_width_px)
         size, s = self.config.patch_size_px, self.config.page_patches
-        used = torch.from_numpy(-(-lines.widths // size)).to(self._device)  # patches that hold text, rounded up
+        used = torch.from_numpy(_patches(lines, size)).to(self._device)
         mask = torch.arange(s, device=self._device) < used[:, None]
         return Pages(
             pixel_values=self._pixels(lines, mask),
@@ -65,6 +65,16 @@ class Renderer:
             text_ids=torch.from_numpy(lines.text_ids),
             coverage=torch.from_numpy(lines.coverage),
         )
+
+    def count_patches(self, texts: Sequence[str]) -> list[int]:
+        """Patches that hold text on each page that ``render`` would make: set, not drawn.
+
+        Raises:
+            InputError: If an item is not a string.
+        """
+        check_texts(texts)
+        lines = set_lines(texts, self.atlas, self.config.page_width_px)
+        return [int(n) for n in _patches(lines, self.config.patch_size_px)]
 
     def _current_sheet(self) -> Sheet:
         """The atlas on the device; laid out again when the typeface has drawn new glyphs."""
@@ -110,3 +120,9 @@ class Renderer:
         scale = -1 / (255 * ((squares / count - mean.square()) / 255**2 + 1e-5).sqrt())
         mean, scale = mean.float().to(ink.device), scale.float().to(ink.device)
         ink.sub_(mean[:, None, None]).mul_((scale[:, None] * mask)[:, :, None])
+
+
+def _patches(lines: Lines, size: int) -> np.ndarray:
+    """Patches that hold text on each page, rounded up, int32 ``[p]``."""
+    patches: np.ndarray = -(-lines.widths // size)
+    return patches

@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from tests.support.tiny import ATLAS, TOWER, tiny_compressor
+from vist_rag.checkpoint import find_checkpoint, load_compressor
 from vist_rag.compression import VistCompressor, VistConfig
 from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, InputError
@@ -335,3 +337,66 @@ def test_blank_patches_change_nothing_unless_an_ablation_reads_them() -> None:
     assert seen.shape == alone.shape  # blank windows still have no latents
     assert (seen - alone).abs().max() > 1e-3
     assert masked.fingerprint != read.fingerprint
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
+
+
+def test_pages_of_a_pass_are_neighbours_in_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor, masks = tiny_compressor(), []
+    forward = compressor.forward
+    monkeypatch.setattr(compressor, "forward", lambda pixels, mask: masks.append(mask) or forward(pixels, mask))
+    texts = [letter * n for n in (5, 90, 40, 41, 6, 200, 39, 7) for letter in ("i", "W")]  # alike in characters only
+    compressor.encode(texts, batch_size=1)
+    lengths = [mask.sum(1).clamp(min=1).tolist() for mask in masks]
+    assert [n for some in lengths for n in some] == sorted(compressor.renderer.count_patches(texts))
+    page = masks[0].shape[1]
+    assert all(len(some) * max(some) <= page for some in lengths)  # a full page's patches, not one page
+    # Nothing that would fit is left for the next pass.
+    assert all((len(some) + 1) * after[0] > page for some, after in pairwise(lengths))
+    assert len(lengths) < len(texts) / 2
+
+
+def test_long_texts_are_rendered_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor, rendered = tiny_compressor(), []
+    renderer = compressor.renderer
+    render = renderer.render
+    monkeypatch.setattr(renderer, "render", lambda texts: rendered.append(list(texts)) or render(texts))
+    monkeypatch.setattr("vist_rag.compression.compressor._RENDERED_CHARACTERS", 1000)
+    monkeypatch.setattr("vist_rag.compression.compressor._RENDERED_TEXTS", 3)
+    compressor.encode([LONG, *["a"] * 7, LONG, "b" * 2000])
+    assert [[len(text) for text in some] for some in rendered] == [
+        [1] * 3,
+        [1] * 3,
+        [1],
+        [len(LONG)],
+        [len(LONG)],
+        [2000],
+    ]
+
+
+def test_memories_of_one_pass_and_of_many_are_the_same_to_rounding(compressor: VistCompressor) -> None:
+    """Whatever shares a pass: alone, with neighbours in length, and through the plain forward of all pages."""
+    pages = compressor.renderer.render(TEXTS)
+    with torch.no_grad():
+        latents, standing = compressor(pages.pixel_values, pages.patch_mask)
+    plain = [torch.cat([latents[p][standing[p]] for p in (pages.text_ids == i).nonzero()]) for i in range(len(TEXTS))]
+    for batch_size in (None, 1, 100):
+        for memory, wanted in zip(compressor.encode(TEXTS, batch_size=batch_size), plain, strict=True):
+            torch.testing.assert_close(memory.latents, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_embedded_model_makes_the_memories_of_the_plain_forward() -> None:
+    """Sorted, batched, without masks where pages are alike, without hidden states that nobody reads: all the same."""
+    compressor = load_compressor(find_checkpoint(None), device="cpu")
+    texts = ["The keeper wrote it down. " * n for n in (1, 9, 3, 9, 40, 2)]
+    pages = compressor.renderer.render(texts)
+    mask, kinds = pages.patch_mask, compressor.resampler_config.tower_layers
+    with torch.no_grad():  # all layers of the tower, all pages at once, every one masked
+        hidden = compressor.tower(pages.pixel_values, mask)
+        features = torch.cat([hidden[kind] for kind in kinds], dim=-1)
+        latents, standing = compressor.resampler(features, mask[:, : features.shape[1]])
+    for i, memory in enumerate(compressor.encode(texts)):
+        wanted = torch.cat([latents[p][standing[p]] for p in (pages.text_ids == i).nonzero()])
+        torch.testing.assert_close(memory.latents, wanted, atol=2e-4, rtol=1e-3)
+        assert torch.cosine_similarity(memory.latents, wanted).min() > 0.99999

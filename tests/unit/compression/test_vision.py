@@ -133,3 +133,28 @@ def test_tower_of_another_shape_is_refused() -> None:
     dino = AutoModel.from_config(Dinov2Config(**SIZES))
     with pytest.raises(ConfigError, match="Dinov2Model"):
         VisionTower(dino)
+
+
+@torch.no_grad()
+def test_layers_behind_the_last_that_is_read_are_not_run(kind: str, model: PreTrainedModel) -> None:
+    tower, images, mask = VisionTower(model), pixels(2), text_mask(5, 9)
+    hidden, ran = tower(images, mask), []
+    for number, layer in enumerate(tower.layers):
+        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
+    second, first = tower(images, mask, (-2, 0))
+    assert torch.equal(second, hidden[1])
+    assert torch.equal(first, hidden[0])
+    assert ran == [0]
+    (last,) = tower(images, mask, (-1,))
+    assert torch.equal(last, hidden[-1])
+
+
+@torch.no_grad()
+def test_pages_of_one_length_are_read_without_a_mask(model: PreTrainedModel) -> None:
+    tower, images, given = VisionTower(model), pixels(2), []
+    tower.layers[0].register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
+    same = tower(images, text_mask(7, 7))
+    beside = tower(images, text_mask(7, 9))
+    assert given[0] is None
+    assert given[1] is not None
+    torch.testing.assert_close(same[-1][0], beside[-1][0, :7], atol=1e-5, rtol=1e-5)

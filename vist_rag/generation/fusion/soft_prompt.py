@@ -294,12 +294,17 @@ class SoftPromptFusion(nn.Module):
         return show(torch.tensor(ids, dtype=torch.long), at, size).to(latents.device)
 
     @contextmanager
-    def condition(self, generator: VistGenerator, prompts: list[Prompt]) -> Iterator[dict[str, Any]]:
+    def condition(self, generator: VistGenerator, prompts: list[Prompt], *, skip: int = 0) -> Iterator[dict[str, Any]]:
         """Keyword arguments of ``generate`` for a batch of prompts: left-padded embeddings and their mask.
 
         Leaves no state anywhere, so there is nothing to clean up after an exception.
+
+        Args:
+            generator: That they are for.
+            prompts: What is asked.
+            skip: Parts at the beginning of each prompt that were read already: they are checked and left out.
         """
-        read = self.embed_many(generator, prompts)
+        read = self.embed_many(generator, prompts, skip=skip)
         rows, tokens = [embeds for embeds, _ in read], [shown for _, shown in read]
         # Left padding, so that every prompt ends where its answer begins.
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
@@ -315,13 +320,18 @@ class SoftPromptFusion(nn.Module):
         """One prompt as embeddings, float ``[t, d_llm]``, and the tokens that each position shows, ``[t, s]``."""
         return self.embed_many(generator, [prompt])[0]
 
-    def embed_many(self, generator: VistGenerator, prompts: Sequence[Prompt]) -> list[tuple[Tensor, Tensor]]:
-        """As :meth:`embed` of each prompt; all of their memories are read in one pass."""
+    def embed_many(
+        self, generator: VistGenerator, prompts: Sequence[Prompt], *, skip: int = 0
+    ) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`embed` of each prompt but its first ``skip`` parts; all memories are read in one pass."""
         table = generator.model.get_input_embeddings()
         parts = [generator.parts(prompt) for prompt in prompts]
+        for row in parts:
+            for part in row:
+                if isinstance(part, VisualMemory):
+                    self.check(part)
+        parts = [row[skip:] for row in parts]
         memories = [part for row in parts for part in row if isinstance(part, VisualMemory)]
-        for memory in memories:
-            self.check(memory)
         read = iter(self.read_many(generator, [(m.latents, m.places) for m in memories]) if memories else [])
 
         def embedded(part: Tensor | VisualMemory) -> tuple[Tensor, Tensor]:
