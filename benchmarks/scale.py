@@ -3,25 +3,30 @@
     python benchmarks/scale.py --data DIR --index DIR --passages 100000 --json
 
 ``--data`` holds JSON Lines of passages (``{"id", "title", "text"}``) and ``--questions`` a file of questions; indexing
-goes on where it was stopped, and its time is that of what was indexed in this run. Questions are asked one by one, as a
-user would, from a reader that has nothing at hand: search, memories from the store, generation.
+goes on where it was stopped, and its time is that of what was indexed in this run. ``--workers`` processes of one
+thread each add to the index, since two threads of one process do little more than one. Questions are asked one by one,
+as a user would, from a reader that has nothing at hand: search, memories from the store, generation.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import resource
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from vist_rag import Budget, Passage, PassageIndex, VistRAG
+from vist_rag.checkpoint import embedded_checkpoint, load_compressor
 from vist_rag.cli.index import Stored, store
 from vist_rag.evaluation.provenance import run_facts
 from vist_rag.retrieval import read_passages
@@ -44,21 +49,45 @@ def questions_of(file: Path, count: int) -> list[str]:
         return [json.loads(line)["question"] for line in islice(lines, count)]
 
 
-def indexed(index: PassageIndex, passages: list[Passage], rag: VistRAG) -> dict[str, Any]:
-    """Add what is missing, with its memories; what it took."""
-    before, begin, cpu = len(index), time.perf_counter(), time.process_time()
+def work(directory: Path, passages: list[Passage], told: Any) -> None:
+    """One worker: adds what is missing of its passages, with their memories."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    compressor = load_compressor(embedded_checkpoint())
     stored = Stored(len(passages))
-    with tqdm(total=len(passages), desc="indexing", unit=" passages", mininterval=5) as bar:
+    with PassageIndex.open(directory) as index:
         for start in range(0, len(passages), BATCH):
-            store(index, passages[start : start + BATCH], rag.compressor, stored, bar.update)  # type: ignore[arg-type]
+            store(index, passages[start : start + BATCH], compressor, stored, lambda n: told.put(("done", n)))  # type: ignore[arg-type]
+    told.put(("over", (stored.added, stored.memories_made, time.process_time())))
+
+
+def indexed(directory: Path, passages: list[Passage], workers: int) -> dict[str, Any]:
+    """Add what is missing, with its memories; what it took."""
+    with PassageIndex.open(directory) as index:
+        before = len(index)
+    begin, context = time.perf_counter(), multiprocessing.get_context("spawn")
+    told = context.Queue()
+    shares = [passages[number::workers] for number in range(workers)]
+    started = [context.Process(target=work, args=(directory, share, told)) for share in shares]
+    for process in started:
+        process.start()
+    over: list[tuple[int, int, float]] = []
+    with tqdm(total=len(passages), desc="indexing", unit=" passages", mininterval=5) as bar:
+        while len(over) < workers:
+            word, what = told.get()
+            bar.update(what) if word == "done" else over.append(what)
+    for process in started:
+        process.join()
     seconds = time.perf_counter() - begin
+    added, made, cpu = (sum(values) for values in zip(*over, strict=True))
     return {
+        "workers": workers,
         "passages_before": before,
-        "passages_indexed": stored.added,
-        "memories_made": stored.memories_made,
+        "passages_indexed": added,
+        "memories_made": made,
         "seconds": round(seconds, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-        "passages_per_s": round(stored.added / seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "passages_per_s": round(added / seconds, 1),
     }
 
 
@@ -85,9 +114,8 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     """Index and ask."""
     passages = list(passages_of(arguments.data, arguments.passages))
     questions = questions_of(arguments.questions, arguments.asked + 5)
+    making = indexed(arguments.index, passages, arguments.workers)
     with PassageIndex.open(arguments.index) as index:
-        rag = VistRAG.from_pretrained(None, index)
-        making = indexed(index, passages, rag)
         begin = time.perf_counter()
         index.search(questions[0], 1)
         first_search_s = time.perf_counter() - begin
@@ -103,7 +131,7 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
                 search.append((time.perf_counter() - begin) * 1000)
         answers = [
             # Nothing at hand: every memory is read from the store.
-            asked(VistRAG.from_pretrained(None, index, budget=rag.budget), questions, Budget(k_memory=k))
+            asked(VistRAG.from_pretrained(None, index), questions, Budget(k_memory=k))
             for k in (1, 3)
         ]
         (memories,) = sizes.memories
@@ -136,6 +164,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True, help="JSON Lines with a question each")
     parser.add_argument("--index", type=Path, required=True, help="the index; made where there is none")
     parser.add_argument("--passages", type=int, default=100_000)
+    parser.add_argument("--workers", type=int, default=2, help="processes that index")
     parser.add_argument("--asked", type=int, default=300, help="questions")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path)
