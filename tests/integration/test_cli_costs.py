@@ -16,6 +16,7 @@ from tests.support.tiny import save_tiny_checkpoint
 from vist_rag.checkpoint import embedded_checkpoint, load_compressor
 from vist_rag.cli.costs import costs
 from vist_rag.evaluation.latency import FIRST_TOKEN, STAGES
+from vist_rag.evaluation.sizing import table
 
 app = typer.Typer()
 app.command()(costs)
@@ -111,6 +112,31 @@ def test_measured(tiny: Path) -> None:
     assert "first token, memory ready" in shown.stdout
 
 
+def test_rates_are_measured_and_corpora_sized_by_them(tiny: Path, tmp_path: Path) -> None:
+    told = [f"Keeper {i} of the lighthouse counts the ships that pass." for i in range(40)]
+    (tmp_path / "sample.txt").write_text(" ".join(told))
+    rates = tmp_path / "rates" / "here.json"
+    arguments = ("--model", tiny, "--data", tmp_path / "sample.txt", "--words", 20)
+    written = run_json("--measure-rates", "-o", rates, *arguments)
+    assert json.loads(rates.read_text()) == written
+    assert {"date", "command", "commit", "versions", "machine"} <= set(written)
+    assert written["sample"] == {"passages": 20, "words": 21.0}  # two sentences, and the title
+    assert written["embedder"] == {"name": "sentence-transformers/all-MiniLM-L6-v2", "dimension": 384}
+    assert written["compressor"]["fingerprint"] == load_compressor(tiny).fingerprint
+    sized = run_json("--passages", "1M,2M", "--rates", rates, "--machines", 2, "--price-per-hour", 3)
+    assert sized["rates"] == written
+    assert [one["passages"] for one in sized["sizes"]] == [10**6, 2 * 10**6]
+    hours = 10**6 / written["passages_per_s"]["encode"] / 3600
+    assert sized["sizes"][0]["hours"]["encode"] == pytest.approx(hours / 2)
+    shown = run("--passages", "1M", "--rates", rates)
+    assert shown.exit_code == 0
+    assert shown.stdout.strip() == table(written, [10**6])
+    deeper = run("--passages", "1M", "--rates", rates, "--tower", "vit-l-14")
+    assert "derived: FLOPs of vit-l-14" in deeper.stdout
+    now = run("--passages", "1M", *arguments)  # measured on the spot
+    assert "over 20 passages of 21 words" in now.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,6 +147,10 @@ def test_measured(tiny: Path) -> None:
         (("--latents", 60), "latents_per_page must divide the patches of a page (256), got 60"),
         (("--fusion", "none"), "fusion must be one of soft_prompt, cross_attention, got 'none'"),
         (("--paper", "--measure"), "--paper and --measure must not be given together"),
+        (("--paper", "--passages", "1M"), "--paper and --passages must not be given together"),
+        (("--passages", "1M", "--rates", "nowhere.json"), "nowhere.json cannot be read"),
+        (("--passages", "many"), "passages must be numbers of 1 or more, such as 1000,1M,21M,1B, got 'many'"),
+        (("--measure-rates", "--data", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--measure", "--repeats", 0), "--repeats must be 1 or more, got 0"),
         (("--measure", "--k", "1,many"), "--k must be numbers of 1 or more, separated by commas, got '1,many'"),
         (("--measure", "--words", 0), "words must be 1 or more, got 0"),

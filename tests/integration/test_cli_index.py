@@ -154,6 +154,32 @@ def test_json_names_what_was_left_out(tiny: Path, docs: Path, index: Path) -> No
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--index", "i", "--engine", "spark"), "--engine must be local or ray, got 'spark'"),
+        (("--index", "i", "--workers", 2, "--parquet", "p"), "--workers, --parquet must come with --engine ray"),
+        (("--parquet", "p"), "--parquet must come with --engine ray"),
+        ((), "--index must be given (with --engine ray, --parquet will do), got neither"),
+        (("--engine", "ray"), "--index must be given (with --engine ray, --parquet will do), got neither"),
+        (("--parquet", "p", "--verify"), "stand alone"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[object, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in failure("index", docs, *arguments)
+    assert not Path("i").exists()
+
+
+def test_without_ray_its_extra_is_named(docs: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    line = failure("index", docs, "--index", index, "--engine", "ray")
+    assert "The engine ray needs ray, which is not installed; pip install 'vist-rag[ray]'" in line
+    assert not index.exists()
+
+
 def _files(directory: Path) -> dict[str, tuple[str, bytes]]:
     directory.mkdir()
     given = {

@@ -44,7 +44,11 @@ for _command, _examples in (
     (demo.demo, ("vist-rag demo --questions 10", "vist-rag demo --eval --json")),
     (
         index.index,
-        ("vist-rag index notes/ report.pdf --index my-index", "vist-rag index --verify --index my-index"),
+        (
+            "vist-rag index notes/ report.pdf --index my-index",
+            "vist-rag index --verify --index my-index",
+            "vist-rag index notes/ --index my-index --engine ray --workers 8",
+        ),
     ),
     (reindex.reindex, ("vist-rag reindex --index my-index --model my-checkpoint --drop-others",)),
     (ask.ask, ("vist-rag ask 'When was the bridge built?' --index my-index --k-raw 1 --k-memory 4",)),
@@ -53,7 +57,7 @@ for _command, _examples in (
         ("vist-rag render 'Text as the model sees it.' -o page.png", "vist-rag render - -o page.png < notes.txt"),
     ),
     (eval.evaluate, ("vist-rag eval --dataset questions.jsonl --passages index --index my-index --top-k 1,5",)),
-    (costs.costs, ("vist-rag costs --paper", "vist-rag costs --measure --k 4")),
+    (costs.costs, ("vist-rag costs --paper", "vist-rag costs --measure --k 4", "vist-rag costs --passages 1M,21M")),
     (report.report, ("vist-rag report eval-results --output benchmarks.md",)),
     (train.train, ("vist-rag train embedded --data DIR --output runs/embedded",)),
     (info.info, ("vist-rag info --index my-index --json",)),

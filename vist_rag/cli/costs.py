@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vist_rag.cli.models import load_parts
+from vist_rag.cli.sizing import measure as measured_rates
+from vist_rag.cli.sizing import show_sizes, write_rates
 from vist_rag.cli.terminal import JsonOption, ModelOption, command, emit_json, out, printable, progress, say, working
 from vist_rag.errors import CheckpointError, ConfigError
 
@@ -77,23 +80,71 @@ def costs(
     k: Annotated[
         str, typer.Option("--k", metavar="N,N,...", help="For --measure: passages that are read, one count or several.")
     ] = "2",
-    words: Annotated[int, typer.Option(metavar="N", help="For --measure: words of each passage.")] = 100,
+    words: Annotated[int, typer.Option(metavar="N", help="For --measure, --data: words of each passage.")] = 100,
+    passages: Annotated[
+        str | None,
+        typer.Option("--passages", metavar="N,N,...", help="Bytes and hours of corpora instead, such as 1M,21M,1B."),
+    ] = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For --passages: of --measure-rates.", show_default="measured now, here"),
+    ] = None,
+    machines: Annotated[int, typer.Option(metavar="N", help="For --passages: like the one that was measured.")] = 1,
+    price_per_hour: Annotated[
+        float | None, typer.Option(metavar="X", help="For --passages: of one machine, in any currency.")
+    ] = None,
+    measure_rates: Annotated[
+        bool, typer.Option("--measure-rates", help="Measure passages a second and bytes a passage on this machine.")
+    ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="For measured rates: a sample of your corpus.", show_default="the demo's"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="For --measure-rates: where to write them.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Count what a prompt costs, without weights or GPU: FLOPs and bytes of each part.
 
     What is not given is taken from the checkpoint. With --paper, Table 1 of the paper is counted again; with --measure,
-    the checkpoint is run and timed.
+    the checkpoint is run and timed. With --passages, what whole corpora take: bytes, hours, cost.
     """
-    if paper and measure:
-        raise ConfigError("--paper and --measure must not be given together; leave one out.")
+    modes = {
+        "--paper": paper, "--measure": measure, "--measure-rates": measure_rates, "--passages": passages is not None
+    }  # fmt: skip
+    if len(asked := [name for name, wanted in modes.items() if wanted]) > 1:
+        raise ConfigError(f"{' and '.join(asked)} must not be given together; leave one out.")
     if paper:
         _paper(as_json=as_json)
+    elif measure_rates:
+        write_rates(measured_rates(model, data, words), output, as_json=as_json)
+    elif passages is not None:
+        show_sizes(
+            passages,
+            lambda: _rates(rates, model, data, words, tower, latents),
+            machines,
+            price_per_hour,
+            as_json=as_json,
+        )
     elif measure:
         _measure(model, repeats, k, words, as_json=as_json)
     else:
         sizes = {"encoded_tokens": encoded_tokens, "text_tokens": text_tokens, "passage_tokens": passage_tokens}
         _count(tower, generator, model, latents, sizes, fusion=fusion, eager=eager, as_json=as_json)
+
+
+def _rates(
+    rates: Path | None, model: str | None, data: Path | None, words: int, tower: str | None, latents: int | None
+) -> dict[str, Any]:
+    from vist_rag.evaluation.paper_costs import shape
+    from vist_rag.evaluation.sizing import other_tower, read_rates
+
+    found = measured_rates(model, data, words) if rates is None else read_rates(rates)
+    if tower is None:
+        return found
+    encoder = shape(tower, "--tower")
+    return other_tower(found, tower, encoder, _resampler(encoder, latents))
 
 
 # ----------------------------------------------------------------------------------------------------------- counting

@@ -96,7 +96,7 @@ class VisionTower(nn.Module):
         """
         core, last = self.core, len(self.layers)
         wanted = [i if i >= 0 else last + 1 + i for i in (range(last + 1) if read is None else read)]
-        shortest, longest = torch.stack(mask.sum(1).aminmax()).clamp(min=1).tolist()
+        shortest, longest = (max(1, int(n)) for n in mask.sum(1).aminmax())  # asked one by one: counting answers that
         states = core.embeddings(pixel_values.to(self.model.dtype))
         special = states.shape[1] - mask.shape[1]
         states = states[:, : special + longest]
