@@ -92,7 +92,9 @@ def test_a_follow_up_reads_only_what_is_new(generator: VistGenerator) -> None:
 
 
 def test_other_passages_behind_the_same_opening_reuse_the_opening(generator: VistGenerator) -> None:
-    opening = 2 * "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie "
+    opening = "marie curie built it "
+    while generator.count_tokens(opening) < 20:  # worth keeping, with any tokenizer
+        opening += opening
     generator.generate([ask(QUESTIONS[0], 1, 2, opening=opening)], max_new_tokens=1)
     prompt = ask(QUESTIONS[0], 4, 2, opening=opening)
     with read(generator) as taken:
@@ -262,6 +264,15 @@ def test_what_is_kept_is_bounded(generator: VistGenerator) -> None:
         with read(small) as taken:
             small.generate([prompt], max_new_tokens=1)
         assert taken == [small.prompt_length(prompt)]
+    # A prefix that is too large is not kept, and drives out none that fits.
+    fits = Prompt((MemorySegment(memory(1, 20)), TextSegment("who")))
+    states = 2 * 2 * 22 * 4 * 32  # layers, keys and values, positions, bytes, width
+    room = tried(VistGenerator(generator.model, generator.tokenizer, generator.fusion, prefix_cache_bytes=2 * states))
+    for some in (fits, Prompt((MemorySegment(memory(2, 90)), TextSegment("who")))):
+        room.generate([some], max_new_tokens=1)
+    with read(room) as taken:
+        room.generate([fits], max_new_tokens=1)
+    assert taken == [len(room.tokenize("who")) + len(room.frame[1])]
     with pytest.raises(ConfigError, match="prefix_cache_bytes must be 0 or more, got -1"):
         PrefixCache(-1)
     generator.generate([prompt], max_new_tokens=1)
