@@ -36,7 +36,7 @@ def load_rag(model: str | None, index: PassageIndex) -> VistRAG:
     Raises:
         CheckpointError: If the checkpoint cannot be loaded, whatever is wrong with its files.
     """
-    with working("loading the model"), _readable(model):
+    with working("loading the model"), readable(model):
         from vist_rag.pipeline import VistRAG
 
         return VistRAG.from_pretrained(model, index)
@@ -44,7 +44,7 @@ def load_rag(model: str | None, index: PassageIndex) -> VistRAG:
 
 def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor, VistGenerator]:
     """A checkpoint's directory, settings, compressor and generator; errors as :func:`load_rag`."""
-    with working("loading the model"), _readable(model):
+    with working("loading the model"), readable(model):
         from vist_rag.checkpoint import find_checkpoint, load_compressor, read_settings
         from vist_rag.generation import VistGenerator
 
@@ -56,7 +56,7 @@ def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor,
 
 def load_compressor_of(model: str | None) -> VistCompressor:
     """The compressor of a checkpoint; errors as :func:`load_rag`."""
-    with working("loading the compressor"), _readable(model):
+    with working("loading the compressor"), readable(model):
         from vist_rag.checkpoint import find_checkpoint, load_compressor
 
         return _vist(load_compressor(find_checkpoint(model)))
@@ -74,7 +74,7 @@ def _vist(compressor: PassageCompressor) -> VistCompressor:
 
 
 @contextmanager
-def _readable(model: str | None) -> Iterator[None]:
+def readable(model: str | None) -> Iterator[None]:
     """Files of a checkpoint come from anywhere: whatever they make a library raise is an error of the checkpoint."""
     try:
         yield
