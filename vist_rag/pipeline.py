@@ -129,7 +129,7 @@ class VistRAG(VistReader):
         origin = sum(self.raw_tokens(hit.passage) for hit, _ in read)
         raw = sum(self.raw_tokens(hit.passage) for hit in plan.raw)
         compressed = raw + prompt.memory_tokens + self._frame_tokens * len(plan.compressed)
-        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens)
+        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens, plan.limit)
         return Answer(question, text, citations, usage, timings_ms)
 
 

@@ -240,10 +240,10 @@ class VistReader:
         Returns:
             What is read, best first.
         Raises:
-            ConfigError: If not even the best hit fits the budget's ``tokens``.
+            ConfigError: If not even the best hit fits the budget's limit.
         """
         if budget is None:
-            budget = replace(self.budget, k_memory=max(1, len(hits) - self.budget.k_raw), tokens=None)
+            budget = replace(self.budget, k_memory=max(1, len(hits) - self.budget.k_raw), tokens=None, rate=None)
         plan = self.plan(hits, budget)
         marked = [Marked(hit, "", 0) for hit in plan.raw]
         for hit, latents in zip(plan.compressed, plan.latents, strict=True):

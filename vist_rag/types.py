@@ -82,16 +82,18 @@ class Usage:
 
     Attributes:
         origin_tokens: Tokens that the retrieved passages would have taken as raw text.
-        compressed_tokens: Positions that they did take: raw tokens of those read raw, latents and boundary
-            embeddings of those read as memory.
+        compressed_tokens: Positions that they did take: raw tokens of those read raw, latents of those read as
+            memory, with their boundary embeddings and the text that the template puts before each.
         prompt_tokens: Positions of the whole prompt, question and template included.
         completion_tokens: Tokens that were generated.
+        budget: The limit of ``compressed_tokens`` that was in force; None where there was none.
     """
 
     origin_tokens: int
     compressed_tokens: int
     prompt_tokens: int
     completion_tokens: int
+    budget: int | None = None
 
     @property
     def ratio(self) -> float:

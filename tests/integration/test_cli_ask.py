@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.cli import failure, not_writable, run, run_json, word_embedder
 from tests.support.tiny import save_tiny_checkpoint
+from vist_rag.budget import POLICIES
 from vist_rag.cli.answers import answer_json, best_citation, cited_sentence
 from vist_rag.pipeline import VistRAG
 from vist_rag.retrieval import PassageIndex
@@ -64,8 +65,19 @@ def test_how_passages_are_read_is_a_choice(tiny: Path, index: Path) -> None:
     )
     assert coarse["compressed_tokens"] < full["compressed_tokens"]
     assert coarse["origin_tokens"] == full["origin_tokens"]
-    tight = run_json("ask", QUESTION, "--index", index, "--model", tiny, "--budget", 9)["usage"]
-    assert 0 < tight["compressed_tokens"] <= 9
+    assert full["budget"] is None
+    tight = run_json("ask", QUESTION, "--index", index, "--model", tiny, "--budget", 7)["usage"]
+    assert (tight["compressed_tokens"], tight["budget"]) == (7, 7)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_budget_is_met_as_tokens_and_as_a_rate(tiny: Path, index: Path, policy: str) -> None:
+    asked = ("ask", QUESTION, "--index", index, "--model", tiny, "--k-memory", 3, "--policy", policy)
+    usage = run_json(*asked, "--rate", 0.25)["usage"]
+    assert usage["budget"] == usage["compressed_tokens"]
+    assert run_json(*asked, "--budget", usage["budget"])["usage"] == usage
+    taken = f"{usage['compressed_tokens']} of {usage['budget']} allowed as they were read"
+    assert taken in run(*asked, "--rate", 0.25).stdout
 
 
 def test_an_index_with_less_than_the_usual_number_of_passages_is_read_whole(tiny: Path, tmp_path: Path) -> None:
@@ -116,6 +128,10 @@ def test_a_read_only_index_is_read(tiny: Path, index: Path) -> None:
         (["x" * 100_000], "up to 20,000 characters, got 100,000"),
         (["why " * 4000], "must fit 512 positions"),
         ([" "], "question is empty"),
+        ([QUESTION, "--budget", 9, "--rate", 0.5], "tokens and rate exclude each other, got 9 and 0.5"),
+        ([QUESTION, "--rate", 4], "rate must be in (0, 1]"),
+        ([QUESTION, "--budget", 9, "--policy", "best"], "policy must be one of fixed, by_rank, by_score, got 'best'"),
+        ([QUESTION, "--policy", "by_rank"], "--policy must have a limit to divide, got none; give --budget or --rate"),
         ([QUESTION, "--k-memory", 5], "top_k must be in 1..4 (passages in this index), got 5"),
         ([QUESTION, "--k-raw", 4, "--k-memory", 1], "top_k must be in 1..4 (passages in this index), got 5"),
         ([QUESTION, "--k-raw", -1], "k_raw must be 0 or more"),

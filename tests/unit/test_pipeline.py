@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.support.tiny import save_tiny_checkpoint, tiny_compressor
-from vist_rag.budget import Budget
+from vist_rag.budget import POLICIES, Budget, Policy
 from vist_rag.checkpoint import find_checkpoint
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
 from vist_rag.generation import Generation
@@ -144,6 +144,7 @@ def test_an_answer_says_what_it_read_and_what_it_cost(rag: VistRAG, budget: Budg
     assert usage.prompt_tokens == usage.compressed_tokens + asked
     assert 1 <= usage.completion_tokens <= 4
     assert usage.ratio == usage.origin_tokens / usage.compressed_tokens
+    assert usage.budget is None
     assert set(answer.timings_ms) == {"search", "memory", "generate", "total"}
     assert answer.timings_ms["total"] >= sum(answer.timings_ms[s] for s in ("search", "memory", "generate"))
     assert answer.question == QUESTION
@@ -203,13 +204,32 @@ def test_a_stream_ends_with_the_same_answer(rag: VistRAG) -> None:
 # ------------------------------------------------------------------------------------------------------------ budgets
 
 
-def test_a_token_budget_is_met_by_what_is_read(rag: VistRAG) -> None:
-    for tokens in (16, 25, 40, 60, 90, 140, 300):
-        answer = rag.answer(QUESTION, budget=Budget(k_raw=2, k_memory=3, tokens=tokens))
-        assert answer.usage.compressed_tokens <= tokens
-        assert answer.citations
-    assert len(answer.citations) == 5
-    assert [c.mode for c in answer.citations][:2] == ["raw", "raw"]
+def positions(rag: VistRAG, prompt_tokens: int) -> int:
+    """What the passages took of a prompt."""
+    return prompt_tokens - rag.generator.prompt_length(rag.template.build(QUESTION, [], []))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_token_budget_is_met_by_what_the_generator_reads(rag: VistRAG, policy: Policy) -> None:
+    hits = rag.index.search(QUESTION, 5)
+    everything = sum(rag.memory_tokens(hit.passage, None) for hit in hits)
+    for tokens in (16, 25, 40, everything - 1, everything, 300):
+        usage = rag.answer(QUESTION, budget=Budget(k_raw=2, k_memory=3, tokens=tokens, policy=policy)).usage
+        assert usage.compressed_tokens == positions(rag, usage.prompt_tokens)
+        assert usage.compressed_tokens == tokens or everything < usage.compressed_tokens < tokens
+        assert usage.budget == tokens
+    answer = rag.answer(QUESTION, budget=Budget(k_raw=2, k_memory=3, tokens=300, policy=policy))
+    assert [c.mode for c in answer.citations] == ["raw", "raw", "memory", "memory", "memory"]
+
+
+def test_a_rate_is_of_what_the_hits_take_as_text(rag: VistRAG) -> None:
+    raw = sum(rag.raw_tokens(hit.passage) for hit in rag.index.search(QUESTION, 3))
+    budget = Budget(k_memory=3, rate=0.25)
+    stream = rag.stream(QUESTION, budget=budget)
+    list(stream)
+    assert stream.answer is not None
+    for usage in (rag.answer(QUESTION, budget=budget).usage, stream.answer.usage):
+        assert usage.budget == usage.compressed_tokens == raw // 4 == positions(rag, usage.prompt_tokens)
 
 
 def test_more_passages_than_there_are_is_an_error(rag: VistRAG) -> None:

@@ -18,6 +18,7 @@ from tests.support.causal import causal_generator
 from tests.support.tiny import save_tiny_checkpoint, tiny_compressor, tiny_generator
 from tests.unit.test_pipeline import PASSAGES, QUESTION, Counting, WordEmbedder
 from vist_rag import Budget, Passage, PassageIndex, Said, Sampling, SearchHit, VistRAG, VistReader
+from vist_rag.budget import POLICIES, Policy
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError
 from vist_rag.generation import MemorySegment, Message, Prompt, TextSegment, VistGenerator
 from vist_rag.quoting import as_written
@@ -81,6 +82,25 @@ def test_without_a_budget_every_hit_is_read(reader: VistReader) -> None:
     assert [one.hit for one in reader.mark(HITS)] == HITS
     assert [one.hit for one in reader.mark(HITS, Budget(k_memory=2))] == HITS[:2]
     assert reader.mark([]) == []
+    for limit in (Budget(tokens=20), Budget(rate=0.1)):
+        reader.budget = limit  # of a pipeline's own hits; a door says how much may be read
+        assert [one.hit for one in reader.mark(HITS)] == HITS
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_marked_sizes_take_the_budget_exactly(reader: VistReader, index: PassageIndex, policy: Policy) -> None:
+    frame = reader.memory_tokens(PASSAGES[0], 1) - 1
+    everything = sum(reader.memory_tokens(hit.passage, None) for hit in HITS)
+    for tokens in range(frame + 1, everything + 1, 7):
+        marked = reader.mark(HITS, Budget(k_memory=5, tokens=tokens, policy=policy), index=index)
+        assert sum(one.size + frame for one in marked) == tokens
+        assert all(one.ref.endswith(f".{one.size}") for one in marked)
+        spans = reader.reply("".join(reader.write(one.hit.passage, one.ref) for one in marked), max_new_tokens=1)
+        around = len(reader.generator.frame[0]) + len(reader.generator.frame[1])
+        assert spans.usage.prompt_tokens == tokens + around
+    raw = sum(reader.raw_tokens(hit.passage) for hit in HITS)
+    by_rate = reader.mark(HITS, Budget(k_memory=5, rate=0.25, policy=policy))
+    assert sum(one.size + frame for one in by_rate) == raw // 4
 
 
 def test_what_is_read_raw_has_no_reference(reader: VistReader) -> None:
@@ -256,6 +276,7 @@ def test_stop_and_limit_are_of_the_call(reader: VistReader) -> None:
         (lambda reader: reader.reply("the", max_new_tokens=0), ConfigError, "max_new_tokens"),
         (lambda reader: reader.reply("the", stop=[""]), ConfigError, "stop"),
         (lambda reader: reader.mark(HITS, Budget(tokens=1)), ConfigError, "tokens must be"),
+        (lambda reader: reader.mark(HITS, Budget(rate=0.001)), ConfigError, "rate must allow"),
     ],
 )
 def test_bad_input_is_told(reader: VistReader, call: Any, error: type[Exception], match: str) -> None:

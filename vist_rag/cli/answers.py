@@ -37,6 +37,7 @@ def answer_json(answer: Answer) -> dict[str, Any]:
             "ratio": round(usage.ratio, 3),
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
+            "budget": usage.budget,
         },
         "timings_ms": {stage: round(ms, 1) for stage, ms in answer.timings_ms.items()},
     }
@@ -68,7 +69,8 @@ def titled(citation: Citation) -> str:
 
 def usage_line(usage: Usage, total_ms: float) -> str:
     """What an answer cost, in words."""
+    limit = "" if usage.budget is None else f" of {usage.budget} allowed"
     return (
-        f"passages: {usage.origin_tokens} tokens as text, {usage.compressed_tokens} as they were read, "
+        f"passages: {usage.origin_tokens} tokens as text, {usage.compressed_tokens}{limit} as they were read, "
         f"ratio {usage.ratio:.2f}; {total_ms:.0f} ms"
     )

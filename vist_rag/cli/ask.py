@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,10 @@ def ask(
     k_raw: Annotated[int | None, typer.Option(help="Best passages that are read as text.")] = None,
     k_memory: Annotated[int | None, typer.Option(help="Next passages, which are read as memory.")] = None,
     budget: Annotated[int | None, typer.Option(help="Tokens that all passages may take together.")] = None,
+    rate: Annotated[float | None, typer.Option(help="The same, as a share of their tokens as text, in (0, 1].")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="How the budget is divided among memories: fixed, by_rank or by_score.")
+    ] = None,
     latents: Annotated[int | None, typer.Option(help="At most so many latents a passage.")] = None,
     model: ModelOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
@@ -42,7 +46,9 @@ def ask(
     with open_existing(index) as opened:
         rag = load_rag(model, opened)
         tell_of_other_memories(opened, index, rag.compressor.fingerprint)
-        chosen = chosen_budget(rag, k_raw=k_raw, k_memory=k_memory, tokens=budget, latents=latents)
+        chosen = chosen_budget(
+            rag, k_raw=k_raw, k_memory=k_memory, tokens=budget, rate=rate, policy=policy, latents=latents
+        )
         answer = _stream(rag, question, chosen) if stream else rag.answer(question, budget=chosen)
     if as_json:
         emit_json(answer_json(answer))
@@ -52,12 +58,22 @@ def ask(
     _show_support(answer)
 
 
-def chosen_budget(
-    rag: VistRAG, *, k_raw: int | None, k_memory: int | None, tokens: int | None, latents: int | None
-) -> Budget:
-    """The checkpoint's budget with what was asked for; numbers that were not asked for fit the index."""
-    given = {"k_raw": k_raw, "k_memory": k_memory, "tokens": tokens, "latents": latents}
-    chosen = replace(rag.budget, **{name: value for name, value in given.items() if value is not None})
+def chosen_budget(rag: VistRAG, **asked: Any) -> Budget:
+    """The checkpoint's budget with what was asked for; numbers that were not asked for fit the index.
+
+    Args:
+        rag: Whose budget.
+        **asked: Fields of :class:`~vist_rag.budget.Budget`; None: not asked for.
+    Raises:
+        ConfigError: If a field is out of range, both limits are given, or a policy without any.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    if given.keys() & {"tokens", "rate"}:
+        given = {"tokens": None, "rate": None, **given}
+    chosen = replace(rag.budget, **given)
+    if "policy" in given and chosen.tokens is None and chosen.rate is None:
+        raise ConfigError("--policy must have a limit to divide, got none; give --budget or --rate.")
+    k_raw, k_memory = asked.get("k_raw"), asked.get("k_memory")
     size = len(rag.index)
     if chosen.top_k > size > 0:
         if k_memory is None:

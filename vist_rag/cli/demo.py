@@ -151,7 +151,7 @@ def _ask(rag: VistRAG, questions: Sequence[DemoQuestion], facts: dict[str, Any],
     from vist_rag.evaluation import exact_match, f1
 
     top_k = min(rag.budget.top_k, len(rag.index))
-    rag.budget = replace(rag.budget, k_raw=0, k_memory=top_k, tokens=None)
+    rag.budget = replace(rag.budget, k_raw=0, k_memory=top_k, tokens=None, rate=None)
     if not quiet:
         out.print(
             f"{facts['passages']} passages indexed, {facts['memories_made']} compressed to memory in "
@@ -231,7 +231,7 @@ def _evaluate(rag: VistRAG, split: str, sizes: Sequence[int], rows: Path | None)
     from vist_rag.evaluation.provenance import run_facts
 
     # From memory only: what the checkpoint would read raw is read as memory too.
-    rag.budget = replace(rag.budget, k_raw=0, k_memory=min(rag.budget.top_k, len(rag.index)), tokens=None)
+    rag.budget = replace(rag.budget, k_raw=0, k_memory=min(rag.budget.top_k, len(rag.index)), tokens=None, rate=None)
     begin = time.monotonic()
     with progress("answering under each condition", RUNS + len(sizes)) as advance:
         result = evaluate_demo(rag, split, latents=sizes, advance=advance)
