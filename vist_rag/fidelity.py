@@ -197,12 +197,20 @@ class Fidelity:
             fidelity = cls(**fields)
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}); measure anew: vist-rag probe.") from error
-        if fidelity.fingerprint != fingerprint:
-            raise CheckpointError(
-                f"{path} must be of compressor {fingerprint[:12]} (which lies beside it), got "
-                f"{str(fidelity.fingerprint)[:12] or 'none'}; measure anew (vist-rag probe), or remove the file."
-            )
+        fidelity.check(fingerprint, str(path))
         return fidelity
+
+    def check(self, fingerprint: str, name: str = "fidelity") -> None:
+        """Refuse to speak for another compressor.
+
+        Raises:
+            CheckpointError: If this was not measured on the compressor with this fingerprint.
+        """
+        if self.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{name} must be of compressor {fingerprint[:12]}, got {str(self.fingerprint)[:12] or 'none'}; measure "
+                "anew (vist-rag probe), or read with guard='off'."
+            )
 
 
 def _shows_nothing(character: str) -> bool:
@@ -277,11 +285,12 @@ class Guard:
 
     def __call__(self, text: str) -> str | None:
         """Why a passage is better read as text, in words; None where memory does."""
-        if text not in self._known:
+        known: str | Literal[False] | None = self._known.get(text, False)
+        if known is False:
             if len(self._known) >= _PASSAGES:
                 self._known.clear()
-            self._known[text] = self._reason(self.risk(text))
-        return self._known[text]
+            known = self._known[text] = self._reason(self.risk(text))
+        return known
 
     def risk(self, text: str) -> Risk:
         """What memory of this text may lose."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vist_rag.cli.terminal import say, working
 from vist_rag.errors import CheckpointError, VistError
 
 if TYPE_CHECKING:
     from vist_rag.compression import PassageCompressor, VistCompressor
+    from vist_rag.fidelity import GuardMode
     from vist_rag.generation import VistGenerator
     from vist_rag.pipeline import VistRAG
     from vist_rag.retrieval import PassageIndex
@@ -30,16 +31,17 @@ def open_existing(directory: Path) -> PassageIndex:
         return PassageIndex.open(directory, read_only=not (directory / "passages.sqlite").is_file())
 
 
-def load_rag(model: str | None, index: PassageIndex) -> VistRAG:
+def load_rag(model: str | None, index: PassageIndex, *, guard: str = "on") -> VistRAG:
     """The pipeline of a checkpoint over an index.
 
     Raises:
+        ConfigError: If there is no such guard, or it is to be strict and the checkpoint was never measured.
         CheckpointError: If the checkpoint cannot be loaded, whatever is wrong with its files.
     """
     with working("loading the model"), readable(model):
         from vist_rag.pipeline import VistRAG
 
-        return VistRAG.from_pretrained(model, index)
+        return VistRAG.from_pretrained(model, index, guard=cast("GuardMode", guard))
 
 
 def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor, VistGenerator]:

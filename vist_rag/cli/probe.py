@@ -24,7 +24,9 @@ def probe(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="The directory of a checkpoint.")],
     data: Annotated[
         list[Path],
-        typer.Option("--data", metavar="FILE|DIR", help="Plain texts: .jsonl(.gz) .txt .md .html .pdf. May be repeated."),
+        typer.Option(
+            "--data", metavar="FILE|DIR", help="Plain texts: .jsonl(.gz) .txt .md .html .pdf. May be repeated."
+        ),
     ],
     texts: Annotated[int, typer.Option(help="Texts that are drawn of these.")] = 2000,
     steps: Annotated[int, typer.Option(help="Of training the reader.")] = 1200,

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 _UPPER, _LOWER, _DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
-_SYLLABLES = (
+_SYLLABLE_TEXT = (
     "ba be bi bo bra cal cen cha dan del der do el en fa fen for ga gen gra ha hel in jo ka kel la len lo ma men mi "
     "mor na nel no or pa pel pra ra ren ri ro sa sel ser sta ta ten tor tra u val van ver vi wa wen yor za zen"
-).split()
+)
+_SYLLABLES = _SYLLABLE_TEXT.split()
 _FRAMES = (
     "The entry reads {} in the list.",
     "We noted {} and then {} on the same page.",
@@ -103,7 +104,8 @@ def _name(rng: random.Random) -> str:
 
 
 def _mail(rng: random.Random) -> str:
-    return f"{_name(rng)}.{_name(rng)}{rng.choice(('', str(rng.randrange(100))))}@{_name(rng)}.{rng.choice(('org', 'de'))}"
+    number = rng.choice(("", str(rng.randrange(100))))
+    return f"{_name(rng)}.{_name(rng)}{number}@{_name(rng)}.{rng.choice(('org', 'de'))}"
 
 
 def _url(rng: random.Random) -> str:
@@ -143,7 +145,15 @@ def _row(rng: random.Random) -> str:
 
 def _symbol(rng: random.Random) -> str:
     number = rng.randrange(10 ** rng.randint(1, 5))
-    forms = (f"{number}°C", f"{number}€", f"±{number}", f"{number}–{number + rng.randrange(1, 99)}", f"{number}²", "→", "½")
+    forms = (
+        f"{number}°C",
+        f"{number}€",
+        f"±{number}",
+        f"{number}–{number + rng.randrange(1, 99)}",
+        f"{number}²",
+        "→",
+        "½",
+    )
     return rng.choice(forms)
 
 

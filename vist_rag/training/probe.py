@@ -264,7 +264,7 @@ def count_words(encoded: _Encoded, reader: _Reader) -> dict[str, Rate]:
 
 
 def _followed(patches: np.ndarray, added: np.ndarray) -> np.ndarray:
-    """After which characters something is read that is not there, bool ``[c]``: in their patch or in a bare one behind."""
+    """After which characters something is read that is not there, bool ``[c]``: in its patch or in bare ones."""
     some = np.flatnonzero(patches >= 0)
     result = np.zeros(len(patches), bool)
     if not len(some):
