@@ -30,7 +30,7 @@ from vist_rag.evaluation.provenance import run_facts
 from vist_rag.fidelity import SHARE, WORD, Fidelity, Guard
 
 SEEDS = {"dev": 1, "test": 2}
-HARD, PROSE = 510, 300
+HARD, PROSE, ANSWER_TOKENS = 340, 200, 48
 WORDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
 SHARES = (0.05, 0.1, 0.25, 0.5)
 
@@ -39,15 +39,21 @@ class Asking:
     """Answers questions from their passages, each way once.
 
     Args:
+        readers: By their guard.
         questions: What is asked.
+        answers: Where exact matches are kept; those that are known are not asked for again.
     """
 
-    def __init__(self, readers: dict[str, VistReader], questions: Sequence[HardQuestion]) -> None:
+    def __init__(
+        self, readers: dict[str, VistReader], questions: Sequence[HardQuestion], answers: Path | None = None
+    ) -> None:
         self.readers, self.questions = readers, questions
         self.reader = readers["off"]
         memories = self.reader.compressor.encode([q.passage.content for q in questions])
         self.memories = dict(zip([q.id for q in questions], memories, strict=True))
-        self.known: dict[tuple[str, str, int | None], float] = {}
+        self.answers = answers
+        kept = answers.read_text("utf-8").splitlines() if answers and answers.is_file() else ()
+        self.known: dict[tuple[str, str, int | None], float] = {(*key,): score for key, score in map(json.loads, kept)}
 
     def plans(self, guard: str, budget: Budget) -> list[Plan]:
         """How each question's passage is read."""
@@ -59,9 +65,14 @@ class Asking:
                 for q, p in zip(self.questions, plans, strict=True)]  # fmt: skip
         new = [(key, q) for key, q in zip(keys, self.questions, strict=True) if key not in self.known]
         prompts = [self._prompt(q, how, n) for (_, how, n), q in new]
-        generated = self.reader.generator.generate(prompts, max_new_tokens=48, stop=self.reader.stop, batch_size=16)
+        generated = self.reader.generator.generate(
+            prompts, max_new_tokens=ANSWER_TOKENS, stop=self.reader.stop, batch_size=16
+        )
         for (key, q), one in zip(new, generated, strict=True):
             self.known[key] = exact_match(one.text, q.answers)
+            if self.answers:
+                with self.answers.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([key, self.known[key]]) + "\n")
         return [self.known[key] for key in keys]
 
     def _prompt(self, q: HardQuestion, how: str, size: int | None) -> Any:
@@ -88,14 +99,13 @@ class Asking:
         }
 
 
-def measure(asking: Asking) -> dict[str, Any]:
-    """All ways to read one set of questions, without a limit and at half of the raw tokens."""
+def measure(asking: Asking, *, limited: bool = False) -> dict[str, Any]:
+    """All ways to read one set of questions; ``limited``: also where passages may take half of their raw tokens."""
     own, raw, half = Budget(k_memory=1, latents=64), Budget(k_raw=1, k_memory=0), Budget(k_memory=1, rate=0.5)
     figures = {"raw": asking.row(asking.plans("off", raw)), "memory": asking.row(asking.plans("off", own))}
     for guard in ("on", "strict"):
         figures[f"guard {guard}"] = asking.row(asking.plans(guard, own))
-    figures["memory, rate 0.5"] = asking.row(asking.plans("off", half))
-    for guard in ("on", "strict"):
+    for guard in ("off", "on", "strict") if limited else ():
         figures[f"guard {guard}, rate 0.5"] = asking.row(asking.plans(guard, half))
     lost = differences(asking.scores(asking.plans("on", own)), asking.scores(asking.plans("off", raw)))
     sorts: dict[str, dict[str, float]] = {}
@@ -151,8 +161,8 @@ def predictors(fidelity: Fidelity, hard: Asking) -> dict[str, float]:
     return found
 
 
-def prose_questions() -> dict[str, list[HardQuestion]]:
-    """Development questions on ordinary prose, with their passages."""
+def prose_questions(reader: VistReader) -> dict[str, list[HardQuestion]]:
+    """Development questions on ordinary prose, with their passages, as far as these fit the context as text."""
     by_id = {p.id: p for p in demo_passages()}
     found = {
         "demo": [HardQuestion(q.id, "prose", q.question, q.answers, by_id[q.passage_id]) for q in demo_questions("dev")]
@@ -167,7 +177,12 @@ def prose_questions() -> dict[str, list[HardQuestion]]:
             HardQuestion(r["id"], "prose", r["question"], tuple(r["answers"]), Passage(r["context"], title=r["title"]))
             for r in rows
         ]
-    return found
+    return {name: [q for q in some if _fits(reader, q)] for name, some in found.items()}
+
+
+def _fits(reader: VistReader, q: HardQuestion) -> bool:
+    prompt = reader.template.build(q.question, [q.passage], [])
+    return reader.generator.prompt_length(prompt) + ANSWER_TOKENS <= (reader.generator.context_tokens or 10**9)
 
 
 def speed(guard: Guard, texts: Sequence[str]) -> dict[str, float]:
@@ -186,6 +201,7 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint directory or hub id; the embedded one if left out")
     parser.add_argument("--splits", default="dev,test", help="of the hard questions")
     parser.add_argument("--limit", type=int, help="only so many questions of each set")
+    parser.add_argument("--answers", type=Path, help="keep exact matches there, and take those that are there already")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--output", type=Path, help="write the JSON there, too")
     arguments = parser.parse_args()
@@ -196,11 +212,12 @@ def main() -> None:
     readers = {"off": off}
     for mode in ("on", "strict"):
         readers[mode] = VistReader(off.compressor, off.generator, template=off.template, fidelity=fidelity, guard=mode)
-    prose = {name: Asking(readers, some[: arguments.limit]) for name, some in prose_questions().items()}
+    answers = arguments.answers
+    prose = {name: Asking(readers, some[: arguments.limit], answers) for name, some in prose_questions(off).items()}
     result: dict[str, Any] = {"benchmark": "guard", "thresholds": {"word": WORD, "share": SHARE}}
     for split in arguments.splits.split(","):
-        asking = Asking(readers, hard_questions(HARD, SEEDS[split])[: arguments.limit])
-        result[f"hard {split}"] = measure(asking)
+        asking = Asking(readers, hard_questions(HARD, SEEDS[split])[: arguments.limit], answers)
+        result[f"hard {split}"] = measure(asking, limited=True)
         if split == "dev":
             result["sweep"] = sweep(fidelity, asking, prose)
             result["predicts (AUC)"] = predictors(fidelity, asking)

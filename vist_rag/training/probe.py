@@ -90,13 +90,13 @@ def measure(
         raise InputError(f"texts must be 2 or more, to train a reader and to test it, got {len(drawn)}; give more.")
     held_out = drawn[: max(1, round(_HELD_OUT * len(drawn)))]
     tell(f"encoding {len(drawn):,} texts")
-    practised = _Encoded.of(compressor, drawn[len(held_out) :])
+    practised = Encoded.of(compressor, drawn[len(held_out) :])
     tell(f"training the reader for {steps:,} steps")
-    reader = _Reader.trained(practised, steps, seed)
-    tested = _Encoded.of(compressor, held_out + hard_texts(max(len(SORTS), round(_HARD * count)), seed))
+    reader = Reader.trained(practised, steps, seed)
+    tested = Encoded.of(compressor, held_out + hard_texts(max(len(SORTS), round(_HARD * count)), seed))
     speller = None
     if fusion is not None and fusion.speller is not None:
-        speller = count_words(tested, _Reader.of_fusion(fusion, compressor.window))
+        speller = count_words(tested, Reader.of_fusion(fusion, compressor.window))
     return Fidelity(
         fingerprint=compressor.fingerprint,
         recipe={"seed": seed, "texts": len(drawn), "steps": steps},
@@ -115,7 +115,7 @@ def shown(text: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class Encoded:
     """Texts, their latents, and where each character stands.
 
     Attributes:
@@ -132,7 +132,8 @@ class _Encoded:
     window: int
 
     @classmethod
-    def of(cls, compressor: PassageCompressor, texts: list[str]) -> _Encoded:
+    def of(cls, compressor: PassageCompressor, texts: list[str]) -> Encoded:
+        """Encode texts, and find where each character went."""
         memories = compressor.encode(texts)
         window, patches, begin = compressor.window, [], 0
         for text, memory in zip(texts, memories, strict=True):
@@ -151,7 +152,7 @@ class _Encoded:
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """Reads characters from latents.
 
     Attributes:
@@ -165,11 +166,12 @@ class _Reader:
     score: Callable[[Tensor], Tensor]
 
     @classmethod
-    def of_fusion(cls, fusion: SoftPromptFusion, window: int) -> _Reader:
+    def of_fusion(cls, fusion: SoftPromptFusion, window: int) -> Reader:
+        """What a fusion spells."""
         return cls(CHARACTERS, fusion.config.spelling // window, fusion.spelt)
 
     @classmethod
-    def trained(cls, encoded: _Encoded, steps: int, seed: int) -> _Reader:
+    def trained(cls, encoded: Encoded, steps: int, seed: int) -> Reader:
         """A layer of hidden units, trained on encoded texts."""
         counts = Counter(c for text in encoded.texts for c in text)
         characters = "".join(sorted(c for c, n in counts.items() if n >= _SELDOM))
@@ -226,7 +228,7 @@ def _orders(patches: np.ndarray) -> np.ndarray:
     return places
 
 
-def _grid(encoded: _Encoded, characters: str, places: int) -> np.ndarray:
+def _grid(encoded: Encoded, characters: str, places: int) -> np.ndarray:
     """Class of every slot, int64 ``[n, window, places]``."""
     known = {character: i for i, character in enumerate(characters)}
     none, other = len(characters), len(characters) + 1
@@ -238,7 +240,7 @@ def _grid(encoded: _Encoded, characters: str, places: int) -> np.ndarray:
     return grid.reshape(len(encoded.latents), encoded.window, places)
 
 
-def count_words(encoded: _Encoded, reader: _Reader) -> dict[str, Rate]:
+def count_words(encoded: Encoded, reader: Reader) -> dict[str, Rate]:
     """Words that were read, and that did not come back letter by letter, by class.
 
     A word is wrong where one of its characters is another, is missing or has no slot, or where one is read that is not
