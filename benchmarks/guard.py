@@ -31,8 +31,8 @@ from vist_rag.fidelity import SHARE, WORD, Fidelity, Guard
 
 SEEDS = {"dev": 1, "test": 2}
 HARD, PROSE, ANSWER_TOKENS = 340, 200, 48
-WORDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
-SHARES = (0.05, 0.1, 0.25, 0.5)
+WORDS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.9)
+SHARES = (0.1, 0.25)
 
 
 class Asking:
@@ -83,7 +83,8 @@ class Asking:
     def row(self, plans: Sequence[Plan]) -> dict[str, Any]:
         """Exact match with its interval, how passages were read, and the ratio of tokens."""
         scores, reader = self.scores(plans), self.reader
-        origin = sum(reader.raw_tokens(q.passage) for q in self.questions)
+        read = [q for q, p in zip(self.questions, plans, strict=True) if p.raw or p.compressed]
+        origin = sum(reader.raw_tokens(q.passage) for q in read)
         taken = sum(
             sum(reader.raw_tokens(h.passage) for h in p.raw)
             + sum(reader.memory_tokens(h.passage, n) for h, n in zip(p.compressed, p.latents, strict=True))

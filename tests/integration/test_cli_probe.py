@@ -55,11 +55,11 @@ def test_a_checkpoint_is_measured_and_guarded_from_then_on(tmp_path: Path, tiny:
     off = run_json(*asked, "--guard", "off")
     assert [c["mode"] for c in off["citations"]] == ["memory", "memory"]
     assert off["usage"]["guarded"] == {}
-    reason = shown["usage"]["guarded"]["p0"]
+    reason = shown["usage"]["guarded"]["p1"]
     least = str(off["usage"]["compressed_tokens"])
     for guard, line in (
         ("on", f"guard: {reason}, but its text did not fit"),
-        ("strict", f"left out: p0: {reason}; its text did not fit"),
+        ("strict", f"left out: p1: {reason}; its text did not fit"),
     ):
         assert line in run(*asked, "--guard", guard, "--budget", least).stdout
     assert f"guard: {reason}\n" in run(*asked).stdout

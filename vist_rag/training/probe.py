@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from transformers import AutoTokenizer
 
 from vist_rag.checkpoint import find_checkpoint, load_compressor
 from vist_rag.compression import PassageCompressor, VistCompressor
@@ -31,7 +32,7 @@ from vist_rag.training.hard_text import SORTS, hard_texts
 TEXTS, STEPS = 2000, 1200
 """What takes a few minutes on two cores."""
 
-_HELD_OUT, _HARD = 0.2, 0.5  # of the texts: for measuring, and made up beside
+_HELD_OUT, _HARD = 0.2, 1.0  # of the texts: for measuring, and made up beside
 _SELDOM = 10  # a character that is seen less often is "another"
 _MOST_SLOTS = 12  # characters of a patch, at most
 _HIDDEN, _BATCH, _RATE = 512, 256, 3e-3
@@ -56,7 +57,9 @@ def probe_checkpoint(
     directory = find_checkpoint(checkpoint)
     compressor = load_compressor(directory)
     fusion = SoftPromptFusion.from_pretrained(directory / "fusion").float().eval()
-    return measure(compressor, texts, fusion=fusion, count=count, steps=steps, seed=seed, tell=tell)
+    tokenizer = AutoTokenizer.from_pretrained(directory / "generator")
+    cased = tokenizer.tokenize("Word") != tokenizer.tokenize("wORD")
+    return measure(compressor, texts, fusion=fusion, cased=cased, count=count, steps=steps, seed=seed, tell=tell)
 
 
 def measure(
@@ -64,6 +67,7 @@ def measure(
     texts: Sequence[str],
     *,
     fusion: SoftPromptFusion | None = None,
+    cased: bool = True,
     count: int = TEXTS,
     steps: int = STEPS,
     seed: int = 0,
@@ -75,7 +79,8 @@ def measure(
         compressor: Any.
         texts: Plain texts, at least two.
         fusion: What the checkpoint reads its memories with.
-        count: Texts that are drawn of these; a fifth are for measuring, and half as many hard
+        cased: Whether its generator tells capitals from small letters; else the fusion need not.
+        count: Texts that are drawn of these; a fifth are for measuring, and as many hard
             ones are made up.
         steps: Of training the reader.
         seed: Of what is drawn, made up and trained.
@@ -96,7 +101,7 @@ def measure(
     tested = Encoded.of(compressor, held_out + hard_texts(max(len(SORTS), round(_HARD * count)), seed))
     speller = None
     if fusion is not None and fusion.speller is not None:
-        speller = count_words(tested, Reader.of_fusion(fusion, compressor.window))
+        speller = count_words(tested, Reader.of_fusion(fusion, compressor.window, cased=cased))
     return Fidelity(
         fingerprint=compressor.fingerprint,
         recipe={"seed": seed, "texts": len(drawn), "steps": steps},
@@ -159,16 +164,20 @@ class Reader:
         characters: What it can tell; ``len(characters)`` is no character, the class behind that is another one.
         places: Slots of a patch.
         score: Latents ``[n, d]`` -> scores ``[n, window * places, classes]``.
+        alike: What counts as the same as each class, int64 ``[classes]``; None: itself alone.
     """
 
     characters: str
     places: int
     score: Callable[[Tensor], Tensor]
+    alike: np.ndarray | None = None
 
     @classmethod
-    def of_fusion(cls, fusion: SoftPromptFusion, window: int) -> Reader:
+    def of_fusion(cls, fusion: SoftPromptFusion, window: int, *, cased: bool = True) -> Reader:
         """What a fusion spells."""
-        return cls(CHARACTERS, fusion.config.spelling // window, fusion.spelt)
+        alike = [CHARACTERS.index(c.lower()) for c in CHARACTERS] + [len(CHARACTERS), len(CHARACTERS) + 1]
+        places = fusion.config.spelling // window
+        return cls(CHARACTERS, places, fusion.spelt, None if cased else np.array(alike))
 
     @classmethod
     def trained(cls, encoded: Encoded, steps: int, seed: int) -> Reader:
@@ -249,6 +258,8 @@ def count_words(encoded: Encoded, reader: Reader) -> dict[str, Rate]:
     places, none = reader.places, len(reader.characters)
     truth = _grid(encoded, reader.characters, places).reshape(-1, places)
     read = reader.read(encoded.latents, encoded.window)
+    if reader.alike is not None:
+        truth, read = reader.alike[truth], reader.alike[read]
     right = (read == truth) & (truth <= none)
     added = ((read != none) & (truth == none)).any(1)  # [patches]
     counts: dict[str, Rate] = {}
