@@ -17,6 +17,7 @@ import torch
 from vist_rag.batching import MicroBatcher
 from vist_rag.budget import Budget, Plan
 from vist_rag.compression import PassageCompressor, VisualMemory
+from vist_rag.fidelity import GuardMode
 from vist_rag.generation import Generation, Prompt, VistGenerator
 from vist_rag.quoting import as_written, find_span
 from vist_rag.reader import VistReader
@@ -31,7 +32,8 @@ class VistRAG(VistReader):
         index: Where passages and their memories are.
         compressor: Makes the memories that the index does not have yet.
         generator: Reads and answers. Its fusion must have been trained for this compressor.
-        **settings: Of :class:`~vist_rag.reader.VistReader`: ``budget``, ``template``, ``max_new_tokens``, ``stop``.
+        **settings: Of :class:`~vist_rag.reader.VistReader`: ``budget``, ``template``, ``max_new_tokens``, ``stop``,
+            ``fidelity``, ``guard``.
     """
 
     index: PassageIndex
@@ -58,9 +60,10 @@ class VistRAG(VistReader):
         *,
         budget: Budget | None = None,
         device: str | None = None,
+        guard: GuardMode = "on",
     ) -> Self:
         """As :meth:`VistReader.from_pretrained`, over an index."""
-        return super().from_pretrained(checkpoint, index=index, budget=budget, device=device)
+        return super().from_pretrained(checkpoint, index=index, budget=budget, device=device, guard=guard)
 
     def answer(self, question: str, *, budget: Budget | None = None) -> Answer:
         """Answer one question. Questions of several threads that come at the same time are answered together.
@@ -137,7 +140,8 @@ class VistRAG(VistReader):
         origin = sum(self.raw_tokens(hit.passage) for hit, _ in read)
         raw = sum(self.raw_tokens(hit.passage) for hit in plan.raw)
         compressed = raw + prompt.memory_tokens + self._frame_tokens * len(plan.compressed)
-        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens, plan.limit)
+        guarded = {one.hit.passage.id: one.reason for one in plan.guarded}
+        usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens, plan.limit, guarded)
         return Answer(question, text, citations, usage, timings_ms)
 
 

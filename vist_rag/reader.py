@@ -25,6 +25,7 @@ from vist_rag.budget import Budget, Plan
 from vist_rag.checkpoint import SETTINGS_FILE, find_checkpoint, load_compressor, read_settings
 from vist_rag.compression import LatentCache, PassageCompressor, VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError, StoreError
+from vist_rag.fidelity import GUARD_MODES, Fidelity, Guard, GuardMode
 from vist_rag.generation import (
     Generation,
     MemorySegment,
@@ -46,6 +47,8 @@ from vist_rag.types import Passage, SearchHit, Usage
 CACHE_BYTES = 256 * 2**20
 """Memories that a reader keeps at hand: about 4,000 passages of the embedded model."""
 
+_QUESTION_TOKENS = 64
+"""Of a generator's context, kept for template and question where passages are turned into text."""
 _END: Any = object()
 
 
@@ -64,11 +67,13 @@ class Marked:
         hit: The passage, with score and rank.
         ref: Under which it may be read as memory; empty: it is read as text.
         size: Positions that its memory takes; 0: it is read as text.
+        reason: Why memory would not have kept it whole; empty: it would, or nobody knows.
     """
 
     hit: SearchHit
     ref: str
     size: int
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,9 @@ class Reply:
 
     Attributes:
         text: The answer.
-        usage: ``origin_tokens`` and ``compressed_tokens`` are of the passages that came as spans, text around them not
-            counted; ``budget`` is None: a limit was met when they were marked.
+        usage: ``origin_tokens``, ``compressed_tokens`` and ``guarded`` are of the passages that came as spans, text
+            around them not counted; ``guarded`` by their references, as a span does not tell its passage's id.
+            ``budget`` is None: a limit was met when they were marked.
     """
 
     text: str
@@ -135,8 +141,13 @@ class VistReader:
         max_batch_size: Calls in one forward pass.
         max_wait_ms: How long an idle reader waits for company of its first call, and of each that comes meanwhile.
         cache_bytes: Memories at hand; those that were read longest ago go first.
+        fidelity: What the compressor misreads, where it was measured.
+        guard: What is done with passages that memory would not keep whole, by that measure. ``on``: they are read as
+            text where the limit has room for it, else as memory; ``strict``: never as memory; ``off``: nothing. Without
+            a ``fidelity``, ``on`` does nothing.
     Raises:
-        ConfigError: If a number is out of range.
+        ConfigError: If a number is out of range, the guard is unknown, or is to be strict without a measure.
+        CheckpointError: If ``fidelity`` is another compressor's.
     """
 
     def __init__(
@@ -152,7 +163,16 @@ class VistReader:
         max_batch_size: int = 16,
         max_wait_ms: float = 2.0,
         cache_bytes: int = CACHE_BYTES,
+        fidelity: Fidelity | None = None,
+        guard: GuardMode = "on",
     ) -> None:
+        if guard not in GUARD_MODES:
+            raise ConfigError(f"guard must be one of {', '.join(GUARD_MODES)}, got {guard!r}.")
+        if guard == "strict" and fidelity is None:
+            raise ConfigError(
+                "guard must be on or off where nobody measured what the compressor misreads, got 'strict'; measure: "
+                "vist-rag probe CHECKPOINT --data FILES."
+            )
         self.compressor = compressor.eval()
         self.generator = generator
         self.index = index
@@ -160,6 +180,11 @@ class VistReader:
         self.template = template or PromptTemplate()
         self.max_new_tokens = max_new_tokens
         self.stop = tuple(stop)
+        self.fidelity, self.guard = fidelity, guard
+        self._warns: Guard | None = None
+        if fidelity is not None and guard != "off":
+            fidelity.check(self.compressor.fingerprint)
+            self._warns = Guard(fidelity)
         self._cache = LatentCache(cache_bytes)
         self._batcher = MicroBatcher(self._serve, max_batch_size=max_batch_size, max_wait_ms=max_wait_ms)
 
@@ -171,6 +196,7 @@ class VistReader:
         index: PassageIndex | None = None,
         budget: Budget | None = None,
         device: str | None = None,
+        guard: GuardMode = "on",
     ) -> Self:
         """Load compressor, generator and fusion from one directory.
 
@@ -181,8 +207,10 @@ class VistReader:
             index: Where passages and their memories are.
             budget: None means the checkpoint's own.
             device: None means cuda, then mps, then cpu.
+            guard: As above; what the compressor misreads stands in ``compressor/fidelity.json``.
         Raises:
             CheckpointError: If something is missing or cannot be read, or a model that is referred to was changed.
+            ConfigError: If the guard is to be strict, and the checkpoint has no such file.
             MissingDependencyError: If the generator has a LoRA adapter and peft is not installed.
         """
         directory = find_checkpoint(checkpoint)
@@ -193,9 +221,11 @@ class VistReader:
             raise CheckpointError(
                 f"{directory / SETTINGS_FILE} is not of this version ({error}); restore it."
             ) from error
+        compressor = load_compressor(directory, device=device)
+        fidelity = None if guard == "off" else Fidelity.load(directory / "compressor", compressor.fingerprint)
         return cls(
             index=index,
-            compressor=load_compressor(directory, device=device),
+            compressor=compressor,
             generator=VistGenerator.from_pretrained(
                 directory / "generator", fusion=directory / "fusion", device=device
             ),
@@ -203,13 +233,36 @@ class VistReader:
             template=template,
             max_new_tokens=settings.get("max_new_tokens", 32),
             stop=settings.get("stop", ()),
+            fidelity=fidelity,
+            guard=guard,
         )
 
     # ------------------------------------------------------------------------------------------------------ planning
 
     def plan(self, hits: Sequence[SearchHit], budget: Budget | None = None) -> Plan:
         """How each hit is read."""
-        return (budget or self.budget).split(hits, raw_tokens=self.raw_tokens, memory_tokens=self.memory_tokens)
+        budget = budget or self.budget
+        plan, context = self._split(hits, budget), self.generator.context_tokens
+        if plan.guarded and plan.limit is None and context is not None:
+            room = context - self.max_new_tokens - _QUESTION_TOKENS
+            read = zip(plan.compressed, plan.latents, strict=True)
+            taken = sum(self.raw_tokens(hit.passage) for hit in plan.raw)
+            if taken + sum(self.memory_tokens(hit.passage, n) for hit, n in read) > room > 0:
+                # Text that the guard asks for must not overflow the context, which memory would have fitted.
+                plan = replace(self._split(hits, replace(budget, tokens=room)), limit=None)
+        return plan
+
+    def _split(self, hits: Sequence[SearchHit], budget: Budget) -> Plan:
+        return budget.split(
+            hits,
+            raw_tokens=self.raw_tokens,
+            memory_tokens=self.memory_tokens,
+            guard=lambda passage: self._reason(passage.content),
+            strict=self.guard == "strict",
+        )
+
+    def _reason(self, content: str) -> str | None:
+        return self._warns(content) if self._warns is not None else None
 
     def raw_tokens(self, passage: Passage) -> int:
         """Tokens that a passage takes as text."""
@@ -240,17 +293,20 @@ class VistReader:
                 budget.
             index: Where their memories may be stored; None: the reader's own.
         Returns:
-            What is read, best first.
+            What is read, best first; a passage that a strict guard leaves out is not among it.
         Raises:
             ConfigError: If not even the best hit fits the budget's limit.
         """
         if budget is None:
             budget = replace(self.budget, k_memory=max(1, len(hits) - self.budget.k_raw), tokens=None, rate=None)
         plan = self.plan(hits, budget)
-        marked = [Marked(hit, "", 0) for hit in plan.raw]
+        reasons = {one.hit.rank: one.reason for one in plan.guarded}
+        marked = [Marked(hit, "", 0, reasons.get(hit.rank, "")) for hit in plan.raw]
         for hit, latents in zip(plan.compressed, plan.latents, strict=True):
             size = self._size(hit.passage.content, latents)
-            marked.append(Marked(hit, make_ref(hit.passage.content, self.compressor.fingerprint, size), size))
+            ref = make_ref(hit.passage.content, self.compressor.fingerprint, size)
+            marked.append(Marked(hit, ref, size, reasons.get(hit.rank, "")))
+        marked.sort(key=lambda one: one.hit.rank)
         if (index or self.index) is not None:  # else they are made when they are read, many at a time
             self.prepare([one.hit.passage for one in marked if one.ref], index=index)
         return marked
@@ -369,14 +425,20 @@ class VistReader:
 
     def _asked(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> _Asked:
         said = [Said("user", messages)] if isinstance(messages, str) else messages
-        fingerprint = self.compressor.fingerprint
         limit, stop = how.get("max_new_tokens"), how.get("stop")
         return _Asked(
-            tuple((role, tuple(read_spans(text, fingerprint))) for role, text in said),
+            tuple((role, self._parts(text)) for role, text in said),
             self.max_new_tokens if limit is None else limit,
             self.stop if stop is None else tuple(stop),
             how.get("sampling") or Sampling(),
         )
+
+    def _parts(self, text: str) -> tuple[str | Span, ...]:
+        """Text and spans; a span that a strict guard objects to is text, whoever wrote it."""
+        parts = read_spans(text, self.compressor.fingerprint)
+        if self.guard != "strict":
+            return tuple(parts)
+        return tuple(part.text if isinstance(part, Span) and self._reason(part.text) else part for part in parts)
 
     def _serve(self, requests: Sequence[_Asked]) -> list[Reply]:
         prompts, first = self._prompts(requests), requests[0]
@@ -397,7 +459,12 @@ class VistReader:
     def _reply(self, asked: _Asked, generation: Generation) -> Reply:
         origin = sum(self.generator.count_tokens(span.text) for span in asked.spans)
         taken = sum(span.size + self.generator.fusion.boundary_tokens for span in asked.spans)
-        usage = Usage(origin, taken, generation.prompt_tokens, generation.completion_tokens)
+        reasons = {
+            make_ref(span.text, self.compressor.fingerprint, span.size): reason
+            for span in asked.spans
+            if (reason := self._reason(span.text)) is not None
+        }
+        usage = Usage(origin, taken, generation.prompt_tokens, generation.completion_tokens, guarded=reasons)
         texts = [part if isinstance(part, str) else part.text for _, parts in asked.messages for part in parts]
         # The passages first, and of these the best, which stands last.
         sources = [span.text for span in reversed(asked.spans)] + texts

@@ -87,6 +87,8 @@ class Usage:
         prompt_tokens: Positions of the whole prompt, question and template included.
         completion_tokens: Tokens that were generated.
         budget: The limit of ``compressed_tokens`` that was in force; None where there was none.
+        guarded: Passages that memory would not have kept whole, by id, each with the reason; ``Citation.mode`` tells
+            how it was read all the same, and one without a citation was left out.
     """
 
     origin_tokens: int
@@ -94,6 +96,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     budget: int | None = None
+    guarded: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def ratio(self) -> float:

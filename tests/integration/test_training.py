@@ -20,6 +20,7 @@ from tests.support.cli import ROOT, failure, run, run_json
 from tests.support.evaluation import write_data
 from tests.support.tiny import save_tiny_checkpoint
 from vist_rag.checkpoint import SETTINGS_FILE, embedded_checkpoint, load_compressor
+from vist_rag.fidelity import Fidelity
 
 pytest.importorskip("accelerate", reason="training needs the extra 'train'")
 
@@ -62,7 +63,11 @@ def test_the_smoke_recipe_needs_nothing_but_a_folder(tmp_path: Path, monkeypatch
     assert told == {"models": [str(tmp_path / "model")]}
     assert log_of(tmp_path / "align")[-1]["pve"] > 0
     assert log_of(tmp_path / "distill")[-1]["believed"] > 0
-    assert len(load_compressor(tmp_path / "model", device="cpu").encode([TEXT])[0]) > 1
+    compressor = load_compressor(tmp_path / "model", device="cpu")
+    assert len(compressor.encode([TEXT])[0]) > 1
+    fidelity = Fidelity.load(tmp_path / "model" / "compressor", compressor.fingerprint)
+    assert fidelity is not None
+    assert fidelity.recipe == {"seed": 0, "texts": 40, "steps": 20}
     shown = run("train", "smoke", "--output", tmp_path)  # finished: exported again at once
     assert shown.exit_code == 0
     assert f"--model {tmp_path / 'model'}" in shown.stdout

@@ -70,6 +70,7 @@ def pair_recipe(tower: Path, generator: Path, *stages: dict[str, Any], **tables:
     return {
         "seed": 0,
         "threads": 1,
+        "probe": {"measure": False},
         "tower": {"pretrained": str(tower)},
         "resampler": {"latents_per_page": 16, "width": 16, "heads": 2, "layers": 1, "tower_layers": [1, -1]},
         "generator": {"pretrained": str(generator), "projector_width": 32},
@@ -84,6 +85,7 @@ def sentence_recipe(base: Path, *stages: dict[str, Any], **tables: Any) -> dict[
     return {
         "seed": 0,
         "threads": 1,
+        "probe": {"measure": False},
         "tower": TOWER,
         "resampler": {"width": 16, "heads": 2, "layers": 1, "tower_layers": [1, -1], "salience": True},
         "generator": {"base": str(base), "vocabulary": 70, "projector_width": 32},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, costs, demo, eval, index, info, reindex, render, report, train
+from vist_rag.cli import ask, costs, demo, eval, index, info, probe, reindex, render, report, train
 
 app = typer.Typer(
     name="vist-rag",
@@ -60,6 +60,7 @@ for _command, _examples in (
     (costs.costs, ("vist-rag costs --paper", "vist-rag costs --measure --k 4", "vist-rag costs --passages 1M,21M")),
     (report.report, ("vist-rag report eval-results --output benchmarks.md",)),
     (train.train, ("vist-rag train embedded --data DIR --output runs/embedded",)),
+    (probe.probe, ("vist-rag probe runs/mine/model --data passages",)),
     (info.info, ("vist-rag info --index my-index --json",)),
 ):
     # A file a command, so the file's name is the command's.

@@ -38,6 +38,7 @@ def answer_json(answer: Answer) -> dict[str, Any]:
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "budget": usage.budget,
+            "guarded": dict(usage.guarded),
         },
         "timings_ms": {stage: round(ms, 1) for stage, ms in answer.timings_ms.items()},
     }

@@ -31,6 +31,13 @@ def ask(
         str | None, typer.Option(help="How the budget is divided among memories: fixed, by_rank or by_score.")
     ] = None,
     latents: Annotated[int | None, typer.Option(help="At most so many latents a passage.")] = None,
+    guard: Annotated[
+        str,
+        typer.Option(
+            metavar="off|on|strict",
+            help="Read as text what memory would misread, where the budget allows; strict: never as memory.",
+        ),
+    ] = "on",
     model: ModelOption = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is generated.")] = False,
     as_json: JsonOption = False,
@@ -44,7 +51,7 @@ def ask(
             "--stream and --json exclude each other: one document cannot be printed bit by bit; give one."
         )
     with open_existing(index) as opened:
-        rag = load_rag(model, opened)
+        rag = load_rag(model, opened, guard=guard)
         tell_of_other_memories(opened, index, rag.compressor.fingerprint)
         chosen = chosen_budget(
             rag, k_raw=k_raw, k_memory=k_memory, tokens=budget, rate=rate, policy=policy, latents=latents
@@ -99,6 +106,14 @@ def _show_support(answer: Answer) -> None:
         source = f", {passage.source}" if passage.source and passage.source != titled(citation) else ""
         line = f"  [{number}] {titled(citation)} (read as {citation.mode}, score {citation.score:.2f}{source})"
         out.print(printable(line), markup=False, soft_wrap=True)
+        if reason := answer.usage.guarded.get(passage.id):
+            but = ", but its text did not fit" if citation.mode == "memory" else ""
+            out.print(printable(f"      guard: {reason}{but}"), style="yellow", markup=False, soft_wrap=True)
         if citation.span is not None:
             out.print("      ", cited_sentence(citation), soft_wrap=True)
+    cited = {citation.passage.id for citation in answer.citations}
+    for id_, reason in answer.usage.guarded.items():
+        if id_ not in cited:
+            line = f"  left out: {id_}: {reason}; its text did not fit"
+            out.print(printable(line), style="yellow", markup=False, soft_wrap=True)
     out.print(f"  {usage_line(answer.usage, answer.timings_ms['total'])}", style="dim", soft_wrap=True)

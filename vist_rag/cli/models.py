@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vist_rag.cli.terminal import say, working
 from vist_rag.errors import CheckpointError, VistError
 
 if TYPE_CHECKING:
     from vist_rag.compression import PassageCompressor, VistCompressor
+    from vist_rag.fidelity import GuardMode
     from vist_rag.generation import VistGenerator
     from vist_rag.pipeline import VistRAG
     from vist_rag.retrieval import PassageIndex
@@ -30,21 +31,22 @@ def open_existing(directory: Path) -> PassageIndex:
         return PassageIndex.open(directory, read_only=not (directory / "passages.sqlite").is_file())
 
 
-def load_rag(model: str | None, index: PassageIndex) -> VistRAG:
+def load_rag(model: str | None, index: PassageIndex, *, guard: str = "on") -> VistRAG:
     """The pipeline of a checkpoint over an index.
 
     Raises:
+        ConfigError: If there is no such guard, or it is to be strict and the checkpoint was never measured.
         CheckpointError: If the checkpoint cannot be loaded, whatever is wrong with its files.
     """
-    with working("loading the model"), _readable(model):
+    with working("loading the model"), readable(model):
         from vist_rag.pipeline import VistRAG
 
-        return VistRAG.from_pretrained(model, index)
+        return VistRAG.from_pretrained(model, index, guard=cast("GuardMode", guard))
 
 
 def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor, VistGenerator]:
     """A checkpoint's directory, settings, compressor and generator; errors as :func:`load_rag`."""
-    with working("loading the model"), _readable(model):
+    with working("loading the model"), readable(model):
         from vist_rag.checkpoint import find_checkpoint, load_compressor, read_settings
         from vist_rag.generation import VistGenerator
 
@@ -56,7 +58,7 @@ def load_parts(model: str | None) -> tuple[Path, dict[str, Any], VistCompressor,
 
 def load_compressor_of(model: str | None) -> VistCompressor:
     """The compressor of a checkpoint; errors as :func:`load_rag`."""
-    with working("loading the compressor"), _readable(model):
+    with working("loading the compressor"), readable(model):
         from vist_rag.checkpoint import find_checkpoint, load_compressor
 
         return _vist(load_compressor(find_checkpoint(model)))
@@ -74,7 +76,7 @@ def _vist(compressor: PassageCompressor) -> VistCompressor:
 
 
 @contextmanager
-def _readable(model: str | None) -> Iterator[None]:
+def readable(model: str | None) -> Iterator[None]:
     """Files of a checkpoint come from anywhere: whatever they make a library raise is an error of the checkpoint."""
     try:
         yield

@@ -16,6 +16,7 @@ from vist_rag.compression import PassageCompressor, VistCompressor
 from vist_rag.compression.referenced import check_tower
 from vist_rag.compression.vision import VisionTower
 from vist_rag.errors import ConfigError
+from vist_rag.fidelity import FIDELITY_FILE
 from vist_rag.generation import VistGenerator
 from vist_rag.generation.int8 import save_int8
 from vist_rag.generation.referenced import check_generator, merged, remove_reference, save_referenced
@@ -72,6 +73,7 @@ def save_checkpoint(
 
 
 def _save_compressor(compressor: PassageCompressor, tower: Reference | None, directory: Path) -> None:
+    (directory / FIDELITY_FILE).unlink(missing_ok=True)  # of what lay there before
     if tower is None:
         compressor.save_pretrained(directory)
     else:

@@ -192,6 +192,7 @@ _RECIPE: dict[str, Any] = {
     "ablations": _TABLE,
     "data": {"folder": _TEXT, "text": _TEXTS, "characters": _BOUNDS, "questions": _TABLE},
     "trainer": _TABLE,
+    "probe": {"measure": _FLAG, "texts": _COUNT, "steps": _COUNT},
     "evaluation": {
         "every": _COUNT,
         "metric": _TEXT,

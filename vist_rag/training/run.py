@@ -42,6 +42,7 @@ from vist_rag.training.parts import (
     sentence_generator,
     train_only,
 )
+from vist_rag.training.probe import STEPS, TEXTS, probe_checkpoint
 from vist_rag.training.reading import MemoryReading, without_adapter
 from vist_rag.training.recipe import READING, TASKS, check_recipe, trained_parts
 from vist_rag.training.tower import TowerReading, reading_batch
@@ -108,6 +109,7 @@ class RecipeRun:
         trained = load_parts(MemoryReading(compressor, generator), directory / "final")
         if PartialState().is_main_process:
             self.export(compressor, generator, trained, model)
+            self.probe(model)
         PartialState().wait_for_everyone()
         return model
 
@@ -121,6 +123,16 @@ class RecipeRun:
             references["generator_base"] = Reference.of(base["pretrained"], base.get("revision"))
         settings = self.recipe.get("settings", {})
         return save_checkpoint(model, compressor, generator, settings=settings, int8="base" in base, **references)
+
+    def probe(self, model: Path) -> None:
+        """Measure what the exported compressor misreads, and keep it beside it, unless ``[probe]`` says not to."""
+        settings = self.recipe.get("probe", {})
+        if not settings.get("measure", True):
+            return
+        count, steps = settings.get("texts", TEXTS), settings.get("steps", STEPS)
+        rows: PassageCorpus | QuestionCorpus = self.texts() if self.recipe["data"].get("text") else self.questions()
+        texts = [rows[int(i)].content for i in rows.order(self.seed)[:count]]
+        probe_checkpoint(model, texts, count=count, steps=steps, seed=self.seed).save(model / "compressor")
 
     def parts(self) -> tuple[PassageCompressor, VistGenerator]:
         """A compressor and a generator with fresh weights, but for what is pretrained."""
