@@ -22,7 +22,7 @@ FIDELITY_FILE = "fidelity.json"
 GuardMode = Literal["off", "on", "strict"]
 GUARD_MODES: tuple[GuardMode, ...] = ("off", "on", "strict")
 
-LENGTHS = (1, 5, 9, 13, 17)
+LENGTHS = (1, 3, 5, 9, 13, 17)
 """Characters with which each bucket of lengths begins."""
 ENOUGH = 30
 """Words of a class that its own rate needs; with fewer, the rate is that of all lengths of its kind."""
@@ -249,7 +249,7 @@ def glyph_ranges(codepoints: Iterable[int]) -> tuple[tuple[int, int], ...]:
 
 LENIENT = ("word", "accented")
 """Kinds whose words are still known with a wrong letter, or without an accent; one wrong digit is another number."""
-WORD = 0.5
+WORD = 0.35
 """A passage with a word of another kind that is misread as often as this is read as text."""
 SHARE = 0.25
 """So is one of whose words this share is expected to be misread."""

@@ -116,7 +116,7 @@ def _indexed(directory: Path | None, model: str | None) -> Iterator[tuple[VistRA
         with PassageIndex.open(place) as index:
             if {p.id for p in index.passages()} - {p.id for p in passages}:
                 raise ConfigError(f"--index must be a new directory or a former demo's, {place} holds other passages.")
-            rag = load_rag(model, index)
+            rag = load_rag(model, index, guard="off")  # what is shown is memory
             tell_of_other_memories(index, place, rag.compressor.fingerprint)
             stored = Stored(len(passages))
             begin = time.monotonic()

@@ -61,7 +61,7 @@ def texts(count: int, letters: str = LETTERS) -> list[str]:
 
 def rate(counts: Mapping[str, Rate], kind: str) -> float:
     """Of words of up to eight characters."""
-    found = [counts[f"{kind} {length}"] for length in ("1-4", "5-8")]
+    found = [counts[f"{kind} {length}"] for length in ("1-2", "3-4", "5-8")]
     assert sum(one.n for one in found) > 40
     return sum(one.wrong for one in found) / sum(one.n for one in found)
 
@@ -97,15 +97,15 @@ def test_a_compressor_that_keeps_less_is_told_to_misread_more(whole: Mapping[str
 
 def test_a_character_that_is_missing_added_or_another_makes_its_word_wrong() -> None:
     compressor: Any = Copying()
-    encoded = Encoded.of(compressor, ["abc ef 12"])
-    truth = compressor.encode(["abc ef 12"])[0].latents.reshape(-1, PLACES, len(ALPHABET) + 1)
+    encoded = Encoded.of(compressor, ["abc efg 12"])
+    truth = compressor.encode(["abc efg 12"])[0].latents.reshape(-1, PLACES, len(ALPHABET) + 1)
 
     def wrong(change: Any) -> list[int]:
         scores = torch.cat((truth[..., :-1], torch.full((*truth.shape[:2], 1), 0.5), truth[..., -1:]), -1)
         change(scores)
         reader = Reader(ALPHABET, PLACES, lambda _: scores.reshape(len(encoded.latents), -1, scores.shape[-1]))
         counts = count_words(encoded, reader)
-        return [counts["word 1-4"].wrong, counts["digits 1-4"].wrong]
+        return [counts["word 3-4"].wrong, counts["digits 1-2"].wrong]
 
     def patch_and_place(at: int) -> tuple[int, int]:
         patch = int(encoded.patches[0][at])
@@ -122,9 +122,9 @@ def test_a_character_that_is_missing_added_or_another_makes_its_word_wrong() -> 
     assert wrong(lambda scores: None) == [0, 0]
     assert wrong(set_to(1, "f")) == [1, 0]  # another
     assert wrong(set_to(1, None)) == [1, 0]  # missing
-    assert wrong(set_to(8, "3")) == [0, 1]
-    assert wrong(set_to(8, "3", behind=1)) == [0, 1]  # added
-    assert wrong(set_to(6, "a")) == [0, 1]  # the space before it is gone
+    assert wrong(set_to(9, "3")) == [0, 1]
+    assert wrong(set_to(9, "3", behind=1)) == [0, 1]  # added
+    assert wrong(set_to(7, "a")) == [0, 1]  # the space before it is gone
 
 
 def test_a_capital_is_a_small_letter_to_a_generator_without_capitals() -> None:
@@ -191,7 +191,7 @@ def test_the_speller_of_the_embedded_model_reads_prose_as_its_card_says() -> Non
     prose = ["The river runs from a lake to the sea, and the old bridge over it was built by the town."] * 10
     measured = probe_checkpoint(embedded_checkpoint(), prose, count=10, steps=2)
     assert measured.speller is not None
-    words = [one for name, one in measured.speller.items() if name in ("word 1-4", "word 5-8")]
+    words = [one for name, one in measured.speller.items() if name in ("word 3-4", "word 5-8")]
     numbers = [one for name, one in measured.speller.items() if name in ("digits 9-12", "digits 13-16", "amount 9-12")]
     assert sum(one.wrong for one in words) / sum(one.n for one in words) < 0.2
     assert sum(one.wrong for one in numbers) / sum(one.n for one in numbers) > 0.3
