@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams
@@ -53,6 +53,8 @@ class ChatVist(BaseChatModel):
     """Directory or hub id of a checkpoint; None: the embedded model."""
     device: str | None = None
     """None: cuda, then mps, then cpu."""
+    guard: Literal["off", "on", "strict"] = "on"
+    """Passages that memory would misread: ``on``: read as text; ``strict``: never as memory; ``off``: as any other."""
     max_tokens: int | None = None
     """Upper limit of an answer; None: the checkpoint's own."""
     temperature: float = 0.0
@@ -80,7 +82,7 @@ class ChatVist(BaseChatModel):
         """The model behind it, loaded when it is first needed."""
         with self._lock:
             if self._reader is None:
-                self._reader = VistReader.from_pretrained(self.checkpoint, device=self.device)
+                self._reader = VistReader.from_pretrained(self.checkpoint, device=self.device, guard=self.guard)
             return self._reader
 
     async def _areader(self) -> VistReader:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -44,6 +44,7 @@ class VistLLM(CustomLLM):
     Attributes:
         checkpoint: Local directory or hub id; None means the embedded model.
         device: None means cuda, then mps, then cpu.
+        guard: Of passages that memory would misread. ``on``: read as text; ``strict``: never as memory; ``off``: as any.
         max_tokens: Upper limit of an answer; None: the checkpoint's own.
         temperature: 0: the most likely token, always.
         top_p: Of the most likely tokens, those that have this share together.
@@ -55,6 +56,7 @@ class VistLLM(CustomLLM):
 
     checkpoint: str | None = Field(default=None, description="Directory or hub id; None: the embedded model.")
     device: str | None = Field(default=None, description="None: cuda, then mps, then cpu.")
+    guard: Literal["off", "on", "strict"] = Field(default="on", description="Of passages that memory would misread.")
     max_tokens: int | None = Field(default=None, description="Upper limit of an answer; None: the checkpoint's.")
     temperature: float = Field(default=0.0, description="0: the most likely token, always.")
     top_p: float = Field(default=1.0, description="Of the most likely tokens, those that have this share together.")
@@ -85,9 +87,9 @@ class VistLLM(CustomLLM):
     def reader(self) -> VistReader:
         """What reads and answers; loaded now, where it has not been needed before."""
         with self._loading:
-            reader = self._reader or VistReader.from_pretrained(self.checkpoint, device=self.device)
-            self._reader = reader
-        return reader
+            if self._reader is None:
+                self._reader = VistReader.from_pretrained(self.checkpoint, device=self.device, guard=self.guard)
+            return self._reader
 
     async def areader(self) -> VistReader:
         """As :attr:`reader`; the event loop is free while it loads."""

@@ -214,7 +214,8 @@ class Reader:
     def read(self, latents: Tensor, window: int) -> np.ndarray:
         """Classes of the slots of each patch, int64 ``[patches, places]``."""
         parts = [self.score(part).argmax(-1) for part in latents.split(1024)]
-        return torch.cat(parts).reshape(len(latents) * window, self.places).numpy()
+        slots = torch.cat(parts)[:, : window * self.places]  # what does not divide by the window spells nothing
+        return slots.reshape(len(latents) * window, self.places).numpy()
 
 
 def _chances(targets: Tensor, classes: int) -> np.ndarray:
