@@ -44,7 +44,7 @@ class VistLLM(CustomLLM):
     Attributes:
         checkpoint: Local directory or hub id; None means the embedded model.
         device: None means cuda, then mps, then cpu.
-        guard: Of passages that memory would misread. ``on``: read as text; ``strict``: never as memory; ``off``: as any.
+        guard: Of passages that memory would misread. ``on``: read as text; ``strict``: never as memory; ``off``: as is.
         max_tokens: Upper limit of an answer; None: the checkpoint's own.
         temperature: 0: the most likely token, always.
         top_p: Of the most likely tokens, those that have this share together.

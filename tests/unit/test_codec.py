@@ -77,7 +77,9 @@ def test_one_latent_and_zeros_are_exact_in_every_form(form: str) -> None:
 
 
 numbers = st.one_of(
-    st.floats(-65504, 65504, width=32), st.sampled_from([0.0, -0.0, 1e-8, -1e-7, 6e-5, 65504.0, -65504.0, 1.0, 1.0005])
+    # No subnormal ones: some libraries have the processor read them as 0, once they are loaded.
+    st.floats(-65504, 65504, width=32, allow_subnormal=False),
+    st.sampled_from([0.0, -0.0, 1e-8, -1e-7, 6e-5, 65504.0, -65504.0, 1.0, 1.0005]),
 )
 
 

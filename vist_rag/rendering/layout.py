@@ -212,7 +212,7 @@ def _grounded(glyphs: Glyphs, bounds: np.ndarray, left: np.ndarray, right: np.nd
         return glyphs
     advances, offsets = glyphs.advances.copy(), glyphs.offsets.copy()
     for begin, end in zip(begins[bare].tolist(), ends[bare].tolist(), strict=True):
-        marks = slice(begin, begin + int(np.append(advances[begin:end], 1).argmax()))
+        marks = slice(begin, begin + int((np.append(advances[begin:end], 1) > 0).argmax()))
         ids = glyphs.ids[marks]
         offsets[marks], advances[marks] = -left[ids], right[ids] - left[ids]
     return Glyphs(glyphs.ids, advances, offsets, glyphs.clusters, glyphs.cluster_ends, glyphs.levels)

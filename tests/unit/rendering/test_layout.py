@@ -112,6 +112,7 @@ def as_pages(lines: Lines) -> list[list[tuple[int, int, int, int]]]:
 @example(text="word " * 8 + "x" * 60 + " \u0301y")
 @example(text="a" + "\u0301" * 70 + "b")
 @example(text="\ud83d\ude00")
+@example(text="\u03001\u0478")  # a bare mark, then a letter that is narrower than the next one
 @example(text="x" + "\u0958" * 20)  # a letter and its dot, two boxes each, that a page's edge would part
 def test_same_as_one_character_at_a_time(text: str, atlas: GlyphAtlas) -> None:
     lines = set_lines([text], atlas, WIDTH)
