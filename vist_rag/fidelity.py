@@ -250,7 +250,8 @@ def glyph_ranges(codepoints: Iterable[int]) -> tuple[tuple[int, int], ...]:
 LENIENT = ("word", "accented")
 """Kinds whose words are still known with a wrong letter, or without an accent; one wrong digit is another number."""
 WORD = 0.35
-"""A passage with a word of another kind that is misread as often as this is read as text."""
+"""A passage with a word of another kind that is misread as often as this is read as text: the largest share that costs a
+point of exact match or less on the development questions of ``benchmarks/guard.py``."""
 SHARE = 0.25
 """So is one of whose words this share is expected to be misread."""
 LACKING = 0.02
