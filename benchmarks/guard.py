@@ -15,7 +15,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from vist_rag.compression import VisualMemory
 from vist_rag.evaluation import bootstrap_interval, exact_match
 from vist_rag.evaluation.demo import demo_passages, demo_questions
 from vist_rag.evaluation.provenance import run_facts
-from vist_rag.fidelity import SHARE, WORD, Fidelity, Guard
+from vist_rag.fidelity import ENOUGH, SHARE, WORD, Fidelity, Guard, Rate, bucket_of
 
 SEEDS = {"dev": 1, "test": 2}
 HARD, PROSE, ANSWER_TOKENS = 340, 200, 48
@@ -142,10 +142,11 @@ def sweep(fidelity: Fidelity, hard: Asking, prose: dict[str, Asking]) -> list[di
     return rows
 
 
-def predictors(fidelity: Fidelity, hard: Asking) -> dict[str, float]:
-    """How well each table of rates tells answers that memory loses from those that it keeps: area under the ROC curve.
+def predictors(fidelity: Fidelity, hard: Asking) -> dict[str, dict[str, float]]:
+    """How well each table of rates tells answers that memory loses from those that it keeps.
 
-    Of the questions that are answered right from text, by the rate of the worst word of the answer.
+    Of the questions that are answered right from text, by the rate of the worst word of the answer: the area under the
+    ROC curve, and the Brier score (mean squared difference of the rate and what happened; 0 is best).
     """
     own, raw = Budget(k_memory=1, latents=64), Budget(k_raw=1, k_memory=0)
     right, kept = hard.scores(hard.plans("off", raw)), hard.scores(hard.plans("off", own))
@@ -158,7 +159,9 @@ def predictors(fidelity: Fidelity, hard: Asking) -> dict[str, float]:
         lost = [r for r, a, b in zip(rates, right, kept, strict=True) if a and not b]
         safe = [r for r, a, b in zip(rates, right, kept, strict=True) if a and b]
         wins = sum((a > b) + (a == b) / 2 for a in lost for b in safe)
-        found[name] = round(wins / max(1, len(lost) * len(safe)), 4)
+        squares = [(1 - rate) ** 2 for rate in lost] + [rate**2 for rate in safe]
+        auc, brier = wins / max(1, len(lost) * len(safe)), sum(squares) / max(1, len(squares))
+        found[name] = {"auc": round(auc, 4), "brier": round(brier, 4)}
     return found
 
 
@@ -184,6 +187,34 @@ def prose_questions(reader: VistReader) -> dict[str, list[HardQuestion]]:
 def _fits(reader: VistReader, q: HardQuestion) -> bool:
     prompt = reader.template.build(q.question, [q.passage], [])
     return reader.generator.prompt_length(prompt) + ANSWER_TOKENS <= (reader.generator.context_tokens or 10**9)
+
+
+def rates_table(fidelity: Fidelity) -> str:
+    """What is misread of each class, in Markdown; kinds of which nothing comes back share a row."""
+    lengths = list(dict.fromkeys(bucket_of(length) for length in range(1, 20)))
+    kinds = sorted({name.rpartition(" ")[0] for name in fidelity.rates})
+    lines = [f"| kind | {' | '.join(lengths)} |", "|---" * (len(lengths) + 1) + "|"]
+    lost = []
+    for kind in kinds:
+        rates = [fidelity.rates.get(f"{kind} {length}", Rate(0, 0)) for length in lengths]
+        if sum(rate.wrong for rate in rates) == sum(rate.n for rate in rates):
+            lost.append(kind)
+            continue
+        cells = [f"{100 * rate.share:.0f} %" if rate.n >= ENOUGH else "" for rate in rates]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join([*lines, f"| {', '.join(lost)} |{' 100 % |' * len(lengths)}"])
+
+
+def figures_table(result: Mapping[str, Any]) -> str:
+    """Exact match, share read as text and ratio of each set, in Markdown."""
+    lines = ["| questions | read as | exact match | as text | left out | ratio |", "|---|---|---|---|---|---|"]
+    for name, one in result.items():
+        for way, row in one["figures"].items() if isinstance(one, dict) and "figures" in one else ():
+            low, high = row["em_95"]
+            em = f"{row['em']:.3f} [{low:.3f}, {high:.3f}]"
+            shares = f"{100 * row['raw']:.0f} % | {100 * row['left_out']:.0f} %"
+            lines.append(f"| {name}, {one['questions']} | {way} | {em} | {shares} | {row['ratio']:.2f} |")
+    return "\n".join(lines)
 
 
 def speed(guard: Guard, texts: Sequence[str]) -> dict[str, float]:
@@ -221,7 +252,7 @@ def main() -> None:
         result[f"hard {split}"] = measure(asking, limited=True)
         if split == "dev":
             result["sweep"] = sweep(fidelity, asking, prose)
-            result["predicts (AUC)"] = predictors(fidelity, asking)
+            result["predicts"] = predictors(fidelity, asking)
     for name, asking in prose.items():
         result[f"prose {name}"] = measure(asking)
         result[f"prose {name}"].pop("sorts")
@@ -239,7 +270,7 @@ def main() -> None:
                 print(
                     f"{key:14} {name:26} EM {row['em']:.3f} {row['em_95']}  raw {row['raw']:.2f}  ratio {row['ratio']}"
                 )
-        print(json.dumps(result.get("predicts (AUC)")), json.dumps(result["guard"]))
+        print(json.dumps(result.get("predicts")), json.dumps(result["guard"]))
 
 
 if __name__ == "__main__":

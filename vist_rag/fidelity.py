@@ -41,12 +41,12 @@ _IDENTIFIER = re.compile(r"[A-Za-z0-9._-]*")
 _LETTER = re.compile(r" (?:LETTER|SYLLABLE|[A-Z]+ IDEOGRAPH)\b")
 _FIGURES = {
     "digits": re.compile(r"\d+"),
-    "ordinal": re.compile(r"\d+(?:st|nd|rd|th|s)"),
+    "ordinal": re.compile(r"\d+(?:st|nd|rd|th|s)"),  # codespell:ignore nd
     "grouped": re.compile(r"\d{1,3}(?:,\d{3})+"),
     "amount": re.compile(r"[\d.,:;/%$#()+^=-]*\d[\d.,:;/%$#()+^=-]*"),
 }
 _JOINTS = re.compile(r"[-'/&]")
-_PIECE = r"(?:[A-Z]?[a-z]{2,}|[\d,]+(?:st|nd|rd|th|s)?)"
+_PIECE = r"(?:[A-Z]?[a-z]{2,}|[\d,]+(?:st|nd|rd|th|s)?)"  # codespell:ignore nd
 _COMPOUND = re.compile(rf"(?=.*\d)(?=.*[a-z]){_PIECE}(?:[-/]{_PIECE})+")
 """18th-century, 2,000-year-old: words and numbers, which are read one by one."""
 _PIECES = re.compile(r"[^-/]+")
@@ -73,7 +73,7 @@ def words(text: str) -> Iterator[tuple[int, int]]:
 @lru_cache(_WORDS)
 def word_class(word: str) -> str:
     """Kind of characters and bucket of length, such as ``identifier 9-12``."""
-    return f"{_kind(word)} {_bucket(len(word))}"
+    return f"{_kind(word)} {bucket_of(len(word))}"
 
 
 def _kind(word: str) -> str:
@@ -102,7 +102,8 @@ def _script(word: str) -> str:
     return foreign or ("accented" if scripts else "symbol")
 
 
-def _bucket(length: int) -> str:
+def bucket_of(length: int) -> str:
+    """Bucket of a word's length in characters, such as ``9-12``."""
     at = bisect_right(LENGTHS, length) - 1
     return f"{LENGTHS[at]}+" if at == len(LENGTHS) - 1 else f"{LENGTHS[at]}-{LENGTHS[at + 1] - 1}"
 
@@ -250,7 +251,8 @@ def glyph_ranges(codepoints: Iterable[int]) -> tuple[tuple[int, int], ...]:
 LENIENT = ("word", "accented")
 """Kinds whose words are still known with a wrong letter, or without an accent; one wrong digit is another number."""
 WORD = 0.35
-"""A passage with a word of another kind that is misread as often as this is read as text."""
+"""A passage with a word of another kind that is misread as often as this is read as text: the largest share that cost a
+point of exact match or less on the hard development questions of ``benchmarks/guard.py``."""
 SHARE = 0.25
 """So is one of whose words this share is expected to be misread."""
 LACKING = 0.02

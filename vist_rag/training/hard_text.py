@@ -12,8 +12,10 @@ from types import MappingProxyType
 
 _UPPER, _LOWER, _DIGITS = string.ascii_uppercase, string.ascii_lowercase, string.digits
 _SYLLABLE_TEXT = (
-    "ba be bi bo bra cal cen cha dan del der do el en fa fen for ga gen gra ha hel in jo ka kel la len lo ma men mi "
-    "mor na nel no or pa pel pra ra ren ri ro sa sel ser sta ta ten tor tra u val van ver vi wa wen yor za zen"
+    "ba be bi bo bra cal cen cha dan del der do el en fa fen for ga "
+    "gen gra ha hel in jo ka kel la len lo ma men mi mor na nel no "  # codespell:ignore hel,mor
+    "or pa pel pra ra ren ri ro sa sel ser sta ta ten tor tra u val "  # codespell:ignore ser
+    "van ver vi wa wen yor za zen"
 )
 _SYLLABLES = _SYLLABLE_TEXT.split()
 _FRAMES = (
