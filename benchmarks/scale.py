@@ -105,7 +105,10 @@ def filled(directory: Path, passages: list[Passage]) -> int:
             known = index.get([p.id for p in some])
             some = [p for p in some if p.id not in known]
             added += index.add(some, vectors=rng.normal(size=(len(some), width))) if some else 0
-    return added
+    known_of = directory / "random-vectors.json"  # how many earlier runs have stored
+    total = added + (json.loads(known_of.read_text("utf-8")) if known_of.exists() else 0)
+    known_of.write_text(json.dumps(total), "utf-8")
+    return total
 
 
 def times(milliseconds: list[float]) -> dict[str, float]:
