@@ -11,6 +11,7 @@ import pytest
 
 from tests.support.benchmarks import FOLDER, load_benchmark
 from vist_rag.checkpoint import embedded_checkpoint
+from vist_rag.fidelity import FIDELITY_FILE, SHARE, WORD, Fidelity
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,27 @@ def test_the_page_on_the_size_of_memory_shows_what_was_measured(memory_bytes: Mo
     assert f"{result['questions']} questions" in page
     config = json.loads((embedded_checkpoint() / "compressor" / "config.json").read_text("utf-8"))
     assert result["default"] == config["memory_form"]
+
+
+def test_the_page_on_fidelity_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    guard = load_benchmark("guard")
+    result = json.loads((FOLDER / "results" / "guard.json").read_text("utf-8"))
+    page = (FOLDER.parent / "docs" / "explanation" / "fidelity.md").read_text("utf-8")
+    directory = embedded_checkpoint() / "compressor"
+    fingerprint = json.loads((directory / FIDELITY_FILE).read_text("utf-8"))["fingerprint"]
+    assert guard.figures_table(result) in page
+    assert guard.rates_table(Fidelity.load(directory, fingerprint)) in page
+    assert result["thresholds"] == {"word": WORD, "share": SHARE}
+    assert f"misread in {100 * WORD:.0f} % of cases or more" in page
+    for name in ("probe", "speller"):
+        assert f"{result['predicts'][name]['brier']:.3f}" in page
+
+
+def test_hard_questions_are_answered_by_their_passages() -> None:
+    made = load_benchmark("guard_questions").hard_questions(170, 7)
+    assert len({one.sort for one in made}) == 17
+    assert all(one.answers[0] in one.passage.text for one in made)
 
 
 def test_a_basis_keeps_what_varies_and_one_scale_serves_the_largest(memory_bytes: ModuleType) -> None:
