@@ -63,11 +63,12 @@ def content_key(content: str) -> bytes:
 
 
 def checksum(*values: Any) -> int:
-    """CRC-32 over the values of a row, of whatever types a damaged file gives them."""
+    """CRC-32 over the values of a row and their types, whatever types a damaged file gives them."""
     crc = 0
     for value in values:
         data = value if isinstance(value, bytes) else utf8(str(value))
-        crc = zlib.crc32(data, zlib.crc32(b"%d:" % len(data), crc))
+        # The type, too: one flipped bit makes a text of SQLite bytes of the same content.
+        crc = zlib.crc32(data, zlib.crc32(f"{type(value).__name__} {len(data)}:".encode(), crc))
     return crc
 
 

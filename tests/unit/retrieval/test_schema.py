@@ -169,6 +169,7 @@ def test_a_store_whose_tables_were_changed_is_refused(path: Path, change: str, r
 
 CHANGES: list[tuple[str, Callable[[PassageStore], Any]]] = [
     ("UPDATE passages SET text = 'The sea is wild.' WHERE row = 1", lambda store: store.get(["a"])),
+    ("UPDATE passages SET text = CAST(text AS BLOB) WHERE row = 1", lambda store: store.get(["a"])),
     ("UPDATE passages SET source = 'x' WHERE row = 1", lambda store: list(store.passages())),
     ("UPDATE passages SET metadata = '{}' WHERE row = 1", lambda store: store.get_rows([1])),
     ("UPDATE passages SET id = 'z' WHERE row = 1", lambda store: store.get(["z"])),
