@@ -188,8 +188,9 @@ class FusionConfig:
     attention: CrossAttentionConfig | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.attention, dict):  # as a checkpoint has it
-            object.__setattr__(self, "attention", CrossAttentionConfig(**self.attention))
+        given: Any = self.attention
+        if isinstance(given, dict):  # as a checkpoint has it
+            object.__setattr__(self, "attention", CrossAttentionConfig(**given))
         _check("packer_width", self.packer_width, allowed="0 or more", ok=self.packer_width >= 0)
         _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)

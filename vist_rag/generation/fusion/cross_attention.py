@@ -34,7 +34,7 @@ class CrossAttention(nn.Module):
     """Gated cross-attention of one layer.
 
     The layer's states ask, keys and values of the memory answer, and what comes out is added to the states, as much as
-    the gate is open. With the output projection at zero, as it starts, nothing is added; so it is with the gate at zero.
+    the gate is open. With the output projection at zero, as it starts, nothing is added; so with the gate at zero.
 
     Args:
         config: Sizes of the heads.
@@ -130,9 +130,8 @@ class Blocks(nn.ModuleDict):
         name = str(layer)
         if name not in self:
             return states
-        block = self[name]
-        place = block.config.layers.index(layer)
-        return cast(Tensor, block(states, memory_kv[:, place], memory_mask))
+        block = cast(CrossAttention, self[name])
+        return cast(Tensor, block(states, memory_kv[:, block.config.layers.index(layer)], memory_mask))
 
 
 class CrossAttentionFusion(SoftPromptFusion):
@@ -166,7 +165,10 @@ class CrossAttentionFusion(SoftPromptFusion):
         # Latents are read in any order, so each is told its place. Learned from 0.1: small beside a normed latent.
         self.place = nn.Parameter(torch.full((), 0.1))
         self.blocks = Blocks(
-            {str(n): CrossAttention(config.attention, config.generator_width, d_memory) for n in config.attention.layers}
+            {
+                str(n): CrossAttention(config.attention, config.generator_width, d_memory)
+                for n in config.attention.layers
+            }
         )
 
     @classmethod
@@ -212,7 +214,9 @@ class CrossAttentionFusion(SoftPromptFusion):
         )
         sizes = reads or FusionConfig(memory_width, width)
         fusion = cls(
-            replace(sizes, memory_width=memory_width, generator_width=width, fingerprint=fingerprint, attention=attention)
+            replace(
+                sizes, memory_width=memory_width, generator_width=width, fingerprint=fingerprint, attention=attention
+            )
         )
         for number in attention.layers:
             cast(CrossAttention, fusion.blocks[str(number)]).start_from(layers[number])
@@ -319,18 +323,15 @@ def _plain(layer: nn.Module) -> nn.Linear:
 def _weight(layer: nn.Linear) -> Tensor:
     """The matrix of a linear layer ``[out, in]``, also where it is stored in fewer bits."""
     plain = _plain(layer)
-    if type(plain) is nn.Linear:
+    if plain.weight.shape == (plain.out_features, plain.in_features):
         return plain.weight
-    place, dtype = plain.weight.device, plain.bias.dtype if plain.bias is not None else torch.bfloat16
-    rows = plain(torch.eye(plain.in_features, device=place, dtype=dtype))
-    return cast(Tensor, (rows if plain.bias is None else rows - plain.bias).T)
+    # What the layer makes of each unit vector; the bias is what it makes of none.
+    like: Any = {"device": plain.weight.device, "dtype": torch.bfloat16}
+    units, nothing = torch.eye(plain.in_features, **like), torch.zeros(1, plain.in_features, **like)
+    return cast(Tensor, (plain(units) - plain(nothing)).T)
 
 
 def _norm_weight(norm: nn.Module) -> Tensor:
     """What a family's norm multiplies by: Gemma's stores how far that is from 1."""
-    weight = cast(Tensor, norm.weight)
-    ones = torch.ones(1, weight.shape[-1], device=weight.device, dtype=weight.dtype)
-    if weight.device.type == "meta":
-        return weight
     # Of a vector of ones, whose root mean square is 1, a norm makes its own weight, whichever way it stores it.
-    return cast(Tensor, norm(ones))[0]
+    return cast(Tensor, norm(torch.ones_like(cast(Tensor, norm.weight))[None]))[0]

@@ -1,12 +1,13 @@
 """Decoder layers that take memory: between self-attention and feed-forward, whatever the family.
 
-A model stays what it is: its classes, its weights and their names. Its layers are given a ``forward`` that does the same
-as before and, where it is called with memory, lets the blocks of a fusion read it in between. Memory comes as arguments
-and nowhere else, so that threads, beams and exceptions cannot mix it up, and any number of fusions may share a model.
+A model stays what it is: its classes, its weights and their names. Its layers are given a ``forward`` that does the
+same as before and, where it is called with memory, lets the blocks of a fusion read it in between. Memory comes as
+arguments and nowhere else, so that threads, beams and exceptions cannot mix it up, and any number of fusions may share
+a model.
 
-Two shapes of layer are known, by the names of their parts: the pre-norm layer of Llama, Mistral, Qwen and Gemma (with or
-without the second pair of norms of Gemma 2 and 3), and BERT's. What carries these names and computes something else is
-found out by trying, and refused.
+Two shapes of layer are known, by the names of their parts: the pre-norm layer of Llama, Mistral, Qwen and Gemma (with
+or without the second pair of norms of Gemma 2 and 3), and BERT's. What carries these names and computes something else
+is found out by trying, and refused.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _pre_norm_forward(
     hidden_states = self.mlp(before_mlp(hidden_states))
     if sandwich:
         hidden_states = self.post_feedforward_layernorm(hidden_states)
-    return cast(Tensor, residual + hidden_states)
+    return residual + hidden_states
 
 
 def _post_norm_forward(
