@@ -158,7 +158,7 @@ def test_a_layer_looks_at_memory_between_attention_and_feed_forward() -> None:
     fusion, layer = generator.fusion, decoder_layers(generator.model)[0]
     assert isinstance(fusion, CrossAttentionFusion)
     latents = memory(5).latents
-    given = fusion.memory_arguments([latents])
+    given = fusion.memory_arguments([[latents]])
     states, core = torch.randn(1, 6, 32), generator.model.model
     angles = core.rotary_emb(states, position_ids=torch.arange(6)[None])
     mask = torch.full((6, 6), -1e9).triu(1)[None, None]
@@ -300,7 +300,7 @@ def test_layers_may_be_computed_again_in_the_backward_pass(family: str) -> None:
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         latents = memory(5).latents.requires_grad_()
-        given = fusion.memory_arguments([latents])
+        given = fusion.memory_arguments([[latents]])
         model(input_ids=torch.arange(5, 12)[None], use_cache=False, **given).logits.square().sum().backward()
         block = fusion.blocks["0"]
         gradients.append([latents.grad, *(weight.grad for weight in block.parameters()), fusion.place.grad])
@@ -318,7 +318,7 @@ def test_memories_of_any_length_in_a_bucket_are_compiled_once() -> None:
     counter = CompileCounter()
     compiled = torch.compile(generator.model, backend=counter, fullgraph=True)
     for n in (3, 40, 64):
-        given = fusion.memory_arguments([memory(n).latents])
+        given = fusion.memory_arguments([[memory(n).latents]])
         expected = generator.model(input_ids=ids, use_cache=False, **given).logits
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False, **given).logits, expected)
     assert counter.frame_count == 1

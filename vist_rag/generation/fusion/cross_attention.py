@@ -264,39 +264,49 @@ class CrossAttentionFusion(SoftPromptFusion):
         begun = generator.parts(prompts[0])[:skip] if skip else []  # the same of all
         left = skip - sum(isinstance(part, VisualMemory) for part in begun)
         with super().condition(generator, texts, skip=left) as inputs:
-            read = [self.given(generator, row) for row in held]
-            yield inputs | self.memory_arguments(read)
+            yield inputs | self.memory_arguments([self._looked_at(generator, row) for row in held])
 
-    def given(self, generator: VistGenerator, memories: Sequence[VisualMemory]) -> Tensor:
-        """What keys and values of a prompt's memories are made of, one after another: float ``[m, d]``."""
-        if not memories:
-            return self.norm.weight.new_zeros(0, len(self.norm.weight))
-        read = [(memory.latents, memory.places) for memory in memories]
+    def _looked_at(self, generator: VistGenerator, memories: Sequence[VisualMemory]) -> list[Tensor]:
+        if memories and not cast(CrossAttentionConfig, self.config.attention).direct:
+            return [soft for soft, _ in self.read_many(generator, [(m.latents, m.places) for m in memories])]
+        return [self.looked_at(generator, memory.latents, memory.places)[0] for memory in memories]
+
+    def looked_at(
+        self, generator: VistGenerator, latents: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What keys and values of one memory are made of, float ``[m, d]``, and the tokens that it spells, ``[m, s]``.
+
+        Args:
+            generator: Whose tokens are shown.
+            latents: Of the memory, float ``[n, d]``.
+            places: Position of each latent, int64 ``[n]``, ascending; None: one each.
+        """
         if not cast(CrossAttentionConfig, self.config.attention).direct:
-            return torch.cat([soft for soft, _ in self.read_many(generator, read)])
+            return self.read(generator, latents, places)
         like = self.norm.weight
-        return torch.cat([self.as_they_are(latents.to(like.device, like.dtype), at) for latents, at in read])
+        latents = latents.to(like.device, like.dtype)
+        seen = latents if places is None else merged(latents, places.to(like.device))
+        return seen, torch.full((len(seen), 1), -1, device=like.device)
 
-    def as_they_are(self, latents: Tensor, places: Tensor | None) -> Tensor:
-        """The mean of the latents at each position: float ``[n, d]`` -> ``[m, d]``."""
-        return latents if places is None else merged(latents, places.to(latents.device))
-
-    def memory_arguments(self, memories: Sequence[Tensor]) -> dict[str, Any]:
+    def memory_arguments(self, memories: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
         """What a model takes of the memories of a batch.
 
         Args:
-            memories: What keys and values are made of (``given``), float ``[m, d]`` a prompt, ``m`` of 0 or more.
+            memories: Of each prompt, what keys and values of its memories are made of (``looked_at``), float
+                ``[m, d]`` each.
         Returns:
             ``memory_kv`` ``[b, layers, 2, kv_heads, m', d_head]``, ``memory_mask`` bool ``[b, m']`` and
             ``memory_blocks``; nothing where no prompt has memory.
         """
-        longest = max(map(len, memories), default=0)
+        none = self.norm.weight.new_zeros(0, len(self.norm.weight))
+        rows = [torch.cat((none, *row)) for row in memories]
+        longest = max(map(len, rows), default=0)
         if not longest:
             return {}
         attention = cast(CrossAttentionConfig, self.config.attention)
         length = -(-longest // attention.bucket) * attention.bucket
-        batch = F.pad(pad_sequence(list(memories), batch_first=True), (0, 0, 0, length - longest))
-        counts = torch.tensor([len(memory) for memory in memories], device=batch.device)
+        batch = F.pad(pad_sequence(rows, batch_first=True), (0, 0, 0, length - longest))
+        counts = torch.tensor([len(row) for row in rows], device=batch.device)
         place = torch.arange(length, device=batch.device)
         there = place < counts[:, None]
         normed = self.norm(batch) + self.place * _sinusoids(place, batch.shape[-1], batch.dtype)

@@ -194,6 +194,12 @@ class SoftPromptFusion(nn.Module):
         """
         return self.read_many(generator, [(latents, places)])[0]
 
+    def looked_at(
+        self, generator: VistGenerator, latents: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the generator of one memory, and the tokens that it shows: as :meth:`read` gives them."""
+        return self.read(generator, latents, places)
+
     def read_many(
         self, generator: VistGenerator, memories: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[tuple[Tensor, Tensor]]:
