@@ -104,8 +104,8 @@ def page(results: Path) -> str:
     lines = [
         "# Ablations",
         "",
-        "One variable at a time on the embedded model, at equal steps, seeds and data: `vist-rag train ablations` and",
-        "`vist-rag train ablations-reading` (and `fusions`), measured by `benchmarks/ablations.py`, which wrote this page.",
+        "One variable at a time on the embedded model, at equal steps, seeds and data: `vist-rag train ablations`,",
+        "`ablations-reading` and `fusions`, measured by `benchmarks/ablations.py`, which wrote this page.",
         "Exact match in percent on SQuAD development questions with their gold passage, with 95 % bootstrap intervals.",
         "Behind each figure, how many times fewer positions it takes than the raw text. The paper's figures",
         "(arXiv:2502.00791) stand beside ours whether or not they agree: a 1.1 B generator there, 11 M here.",

@@ -299,9 +299,7 @@ def _reading(tally: _Tally, model: MemoryReading, batch: Mapping[str, Any], *, c
         teacher.count(tally, "teacher", flows=False, learn=False)
 
 
-def _cross_attention(
-    tally: _Tally, fusion: CrossAttentionFusion, reader: _Reader, memory: int, *, flows: bool
-) -> None:
+def _cross_attention(tally: _Tally, fusion: CrossAttentionFusion, reader: _Reader, memory: int, *, flows: bool) -> None:
     """Every position of every row asks; keys and values are made once, of memories padded to the longest's bucket."""
     sizes = cast(CrossAttentionConfig, fusion.config.attention)
     padded = -(-memory // sizes.bucket) * sizes.bucket

@@ -98,7 +98,7 @@ def fresh_fusion(settings: Mapping[str, Any], config: FusionConfig, model: PreTr
     """The fusion that a recipe's ``[generator]`` asks for, untaught.
 
     Args:
-        settings: ``fusion`` (``soft_prompt`` unless it says otherwise), and ``every`` and ``direct`` of cross-attention.
+        settings: ``fusion`` (a soft prompt unless it says otherwise), ``every`` and ``direct`` of cross-attention.
         config: Its sizes.
         model: The generator's; on the meta device, so is the fusion.
     Raises:

@@ -42,7 +42,10 @@ PASSAGES = [
     Passage("The old bridge was built in 1867 by Marie Curie.", title="bridge"),
     Passage("The river runs from a lake to the sea."),
 ]
-EXAMPLES = [Example(PASSAGES, "who built the bridge", "marie curie"), Example(PASSAGES[1:], "where", "the sea")]
+EXAMPLES = [
+    Example(PASSAGES, "who built the bridge", "marie curie", raw=False),
+    Example(PASSAGES[1:], "where", "the sea", raw=False),
+]
 
 
 def reading(family: str, **options: Any) -> MemoryReading:
@@ -63,7 +66,9 @@ def test_memory_is_read_in_training_as_it_is_in_use(family: str) -> None:
         for memory in memories:
             segments += [TextSegment(model.template.memory), MemorySegment(memory)]
         asked = TextSegment(model.template.question.replace("{question}", example.question))
-        target = torch.cat((generator.tokenize(" " + example.target), generator.ids([generator.tokenizer.eos_token_id])))
+        target = torch.cat(
+            (generator.tokenize(" " + example.target), generator.ids([generator.tokenizer.eos_token_id]))
+        )
         with generator.fusion.condition(generator, [Prompt((*segments, asked))]) as inputs:
             length = inputs["inputs_embeds"].shape[1]
             table = generator.model.get_input_embeddings()

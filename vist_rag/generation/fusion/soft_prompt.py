@@ -148,7 +148,8 @@ class SoftPromptFusion(nn.Module):
         last = cast(nn.Linear, self.projector[-1])
         last.weight.mul_(embeddings.std() / probe.std())
         last.bias.zero_()
-        self.boundaries.mul_(embeddings.std() / self.boundaries.std())
+        if len(self.boundaries):
+            self.boundaries.mul_(embeddings.std() / self.boundaries.std())
 
     @property
     def boundary_tokens(self) -> int:
