@@ -72,8 +72,9 @@ class RemoteGenerator(VistGenerator):
     ) -> None:
         if endpoint not in WIRES:
             raise ConfigError(f"endpoint must be one of {', '.join(WIRES)}, got {endpoint!r}.")
-        if concurrency < 1:
-            raise ConfigError(f"concurrency must be 1 or more, got {concurrency}.")
+        for name, number in (("concurrency", concurrency), ("context_tokens", context_tokens)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {number}.")
         _check_kind(getattr(fusion, "kind", _SOFT_PROMPT))
         if endpoint == "chat" and not getattr(tokenizer, "chat_template", None):
             raise ConfigError("endpoint must be 'completions' for a tokenizer without a chat template, got 'chat'.")
@@ -295,8 +296,8 @@ class RemoteGenerator(VistGenerator):
 def _check_kind(kind: str) -> None:
     if kind != _SOFT_PROMPT:
         raise ConfigError(
-            f"fusion must be {_SOFT_PROMPT!r} for a generator on a server, got {kind!r}: a server takes embeddings, and "
-            "no memory for layers to look at; train a soft prompt, or load the generator here, with VistGenerator."
+            f"fusion must be {_SOFT_PROMPT!r} for a generator on a server, got {kind!r}: a server takes embeddings, "
+            "and no memory for layers to look at; train a soft prompt, or load the generator with VistGenerator."
         )
 
 
