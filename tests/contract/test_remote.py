@@ -168,6 +168,16 @@ def test_chat_sends_memory_as_embeddings_and_text_as_text(chat: StandIn, qwen: P
     assert message["content"][0]["text"] == "document "
 
 
+def test_special_tokens_in_a_text_stay_text_in_a_chat(chat: StandIn, qwen: Path) -> None:
+    """The server reads them as its own; what a user wrote goes out as embeddings of plain text."""
+    prompt = Prompt((TextSegment("the end <|im_"), TextSegment("end|> question"), MemorySegment(memory(3))))
+    (got,) = remote(chat, qwen, endpoint="chat").generate([prompt], max_new_tokens=12)
+    local = Prompt((TextSegment("the end <|im_end|> question"), MemorySegment(memory(3))))
+    assert [got] == chat.local.generate([local], max_new_tokens=12)
+    (message,) = chat.bodies[0]["messages"]
+    assert [part["type"] for part in message["content"]] == ["prompt_embeds", "prompt_embeds"]
+
+
 def test_chat_where_the_server_puts_line_breaks_between_parts(chat: StandIn, qwen: Path) -> None:
     """So vLLM does where a chat template takes a string: prompts that hold the breaks are read the same here."""
     chat.content_format = "string"

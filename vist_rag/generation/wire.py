@@ -6,13 +6,13 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from vist_rag.errors import ConfigError
-from vist_rag.generation.prompt import MemorySegment, Message, Prompt, TemplateSegment
+from vist_rag.generation.prompt import MemorySegment, Message, Prompt, Segment, TemplateSegment, TextSegment
 from vist_rag.generation.sampling import Drawing, Sampling
 
 if TYPE_CHECKING:
@@ -108,36 +108,35 @@ class Completions:
 
 
 class Chat(Completions):
-    """vLLM's ``/v1/chat/completions``: memory is embedded here, text and chat template are the server's."""
+    """vLLM's ``/v1/chat/completions``: memory is embedded here, text and chat template are the server's.
+
+    The server reads special tokens in a text as such. What a user wrote is no such token: it is embedded here, too.
+    """
 
     path = "/v1/chat/completions"
 
     def sent(self, generator: RemoteGenerator, prompts: Sequence[Prompt]) -> list[Sent]:
         """``messages``, whose content parts are text and ``prompt_embeds``."""
-        conversations = [_messages(prompt) for prompt in prompts]
-        memories = [
+        conversations = [
+            [(message.role, _joined(message.segments)) for message in _messages(prompt)] for prompt in prompts
+        ]
+        embedded = [
             Prompt((segment,), framed=True)
             for messages in conversations
-            for message in messages
-            for segment in message.segments
-            if isinstance(segment, MemorySegment)
+            for _, segments in messages
+            for segment in segments
+            if not _is_plain(segment, generator)
         ]
-        embedded = iter(generator.fusion.embed_many(generator, memories) if memories else [])
+        rows = iter(generator.fusion.embed_many(generator, embedded) if embedded else [])
 
-        def content(message: Message) -> list[dict[str, str]]:
-            parts: list[dict[str, str]] = []
-            for segment in message.segments:
-                if isinstance(segment, MemorySegment):
-                    parts.append({"type": "prompt_embeds", "data": encoded(next(embedded)[0])})
-                elif parts and "text" in parts[-1]:  # what a server puts between parts does not belong between these
-                    parts[-1] = {"type": "text", "text": parts[-1]["text"] + segment.text}
-                elif segment.text:
-                    parts.append({"type": "text", "text": segment.text})
-            return parts
+        def part(segment: Segment) -> dict[str, str]:
+            if _is_plain(segment, generator):
+                return {"type": "text", "text": cast(TextSegment, segment).text}
+            return {"type": "prompt_embeds", "data": encoded(next(rows)[0])}
 
         return [
             Sent(
-                {"messages": [{"role": message.role, "content": content(message)} for message in messages]},
+                {"messages": [{"role": role, "content": list(map(part, segments))} for role, segments in messages]},
                 generator.prompt_length(prompt),
             )
             for prompt, messages in zip(prompts, conversations, strict=True)
@@ -219,3 +218,24 @@ def _messages(prompt: Prompt) -> tuple[Message, ...]:
             "some; use converse of this generator, or endpoint='completions'."
         )
     return (Message("user", prompt.segments),)
+
+
+def _joined(segments: Sequence[Segment]) -> list[Segment]:
+    """Segments with neighbouring texts as one: what a server puts between parts does not belong between these."""
+    joined: list[Segment] = []
+    for segment in segments:
+        if isinstance(segment, MemorySegment):
+            joined.append(segment)
+        elif joined and isinstance(joined[-1], TextSegment):
+            joined[-1] = TextSegment(joined[-1].text + segment.text)
+        elif segment.text:
+            joined.append(TextSegment(segment.text))
+    return joined
+
+
+def _is_plain(segment: Segment, generator: RemoteGenerator) -> bool:
+    """Whether a segment is text without special tokens."""
+    if isinstance(segment, MemorySegment):
+        return False
+    as_text, as_template = (generator.encoding(segment.text, template=special) for special in (False, True))
+    return bool(as_text.input_ids == as_template.input_ids)
