@@ -362,6 +362,15 @@ def test_a_stream_that_breaks_off_is_an_error(chat: StandIn, qwen: Path) -> None
     assert len(chat.bodies) == 1
 
 
+def test_a_stream_that_does_not_tell_all_from_the_beginning(qwen: Path) -> None:
+    class Increments(StandIn):
+        def pieces(self, body: dict[str, Any], tokens: list[int]) -> Iterator[str]:
+            yield from ("the", " sea")
+
+    with served(Increments(load(qwen))) as server, pytest.raises(ServerError, match="incremental-streaming-output"):
+        list(remote(server, qwen, endpoint="generate").stream(PROMPTS[0]))
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat", "generate"])
 def test_a_line_separator_in_an_answer_is_none_of_the_stream(qwen: Path, endpoint: Any) -> None:
     class Says(StandIn):
@@ -532,7 +541,8 @@ def test_how_an_answer_is_drawn_is_told_to_the_server(chat: StandIn, qwen: Path)
     assert wanted.items() <= second.items()
     assert (greedy["temperature"], greedy["repetition_penalty"]) == (0, 1.2)
     assert native["sampling_params"] == {
-        "max_new_tokens": 2, "stop": ["x"], "temperature": 0.7, "top_p": 0.9, "top_k": 5, "sampling_seed": 11
+        "max_new_tokens": 2, "stop": ["x"], "no_stop_trim": True,
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "sampling_seed": 11,
     }  # fmt: skip
 
 

@@ -175,6 +175,8 @@ class StandIn:
         """Tokens as text, a stop string and what follows it left out."""
         text = self.local.tokenizer.decode(tokens, skip_special_tokens=True)
         said = {**body, **body.get("sampling_params", {})}
+        if said.get("no_stop_trim"):
+            return text
         return min((text.split(stop)[0] for stop in said.get("stop", ())), key=len, default=text)
 
     def pieces(self, body: dict[str, Any], tokens: list[int]) -> Iterator[str]:

@@ -127,7 +127,7 @@ class Connection:
         raise ServerError(f"server must end its stream with [DONE], got an end without it from {self.url}{path}.")
 
     def _send(self, path: str, body: dict[str, Any] | None, *, stream: bool = False) -> httpx2.Response:
-        content = None if body is None else json.dumps(body).encode()
+        content = None if body is None else json.dumps(body, separators=(",", ":")).encode()
         for pauses in range(self.max_retries):
             try:
                 return self._send_once(path, content, stream=stream)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from vist_rag.errors import ConfigError
+from vist_rag.errors import ConfigError, ServerError
 from vist_rag.generation.prompt import MemorySegment, Message, Prompt, Segment, TemplateSegment, TextSegment
 from vist_rag.generation.sampling import Drawing, Sampling
 
@@ -160,7 +160,9 @@ class Generate:
     def settings(self, model: str, limit: int, stop: Sequence[str], drawn: dict[str, Any]) -> dict[str, Any]:
         """As SGLang names it; it serves one model, whose name is not said."""
         named = {("sampling_seed" if name == "seed" else name): value for name, value in drawn.items()}
-        return {"sampling_params": {"max_new_tokens": limit, **({"stop": list(stop)} if stop else {}), **named}}
+        # Not trimmed there: the beginning of a stop string would have been streamed before the whole of it was known.
+        ends = {"stop": list(stop), "no_stop_trim": True} if stop else {}
+        return {"sampling_params": {"max_new_tokens": limit, **ends, **named}}
 
     def streamed(self) -> dict[str, Any]:
         """Each event tells the text from its beginning."""
@@ -169,8 +171,13 @@ class Generate:
     def take(self, answer: Any, told: Told) -> str:
         """``text`` and ``meta_info``."""
         told.count(answer.get("meta_info"))
-        new: str = answer["text"][len(told.text) :]
-        told.text = answer["text"]
+        text: str = answer["text"]
+        if not text.startswith(told.text):
+            raise ServerError(
+                f"server must tell an answer from its beginning in every event, got {text[:40]!r} after "
+                f"{told.text[:40]!r}; start SGLang without --incremental-streaming-output."
+            )
+        new, told.text = text[len(told.text) :], text
         return new
 
 
