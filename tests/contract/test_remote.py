@@ -189,15 +189,17 @@ def test_chat_where_the_server_puts_line_breaks_between_parts(chat: StandIn, qwe
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_a_conversation_goes_out_by_its_messages(chat: StandIn, qwen: Path, endpoint: Any) -> None:
-    messages = [
-        Message("system", (TextSegment("answer "), TextSegment("the question"))),
+    rest = [
         Message("user", reading(1).segments),
         Message("assistant", (TextSegment("the sea"),)),
         Message("user", reading(2).segments),
     ]
+    apart = [Message("system", (TextSegment("answer "), TextSegment("the question"))), *rest]
+    joined = [Message("system", (TextSegment("answer the question"),)), *rest]
     generator = remote(chat, qwen, endpoint=endpoint)
-    (got,) = generator.generate([generator.converse(messages)], max_new_tokens=12)
-    assert [got] == chat.local.generate([chat.local.converse(messages)], max_new_tokens=12)
+    (got,) = generator.generate([generator.converse(apart)], max_new_tokens=12)
+    read = chat.local.converse(joined if endpoint == "chat" else apart)  # in a chat, text is the server's
+    assert [got] == chat.local.generate([read], max_new_tokens=12)
     if endpoint == "chat":
         sent = chat.bodies[-1]["messages"]
         assert [message["role"] for message in sent] == ["system", "user", "assistant", "user"]
@@ -480,7 +482,7 @@ def test_settings_out_of_range(chat: StandIn, qwen: Path) -> None:
         with pytest.raises(ConfigError, match=next(iter(how))):
             generator.generate(PROMPTS[:1], **how)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="must hold something"):
-        generator.generate([Prompt((), framed=True)])
+        generator.generate([Prompt((TextSegment(""),), framed=True)])
     with pytest.raises(ConfigError, match="VistGenerator"):
         generator.score(PROMPTS[0], [])
     assert not chat.bodies

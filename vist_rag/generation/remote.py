@@ -254,9 +254,11 @@ class RemoteGenerator(VistGenerator):
         try:
             yield
         except RefusedError as refused:
-            raise self._explanation(refused) from refused
+            if (explanation := self._explanation(refused)) is None:
+                raise
+            raise explanation from refused
 
-    def _explanation(self, refused: RefusedError) -> VistError:
+    def _explanation(self, refused: RefusedError) -> VistError | None:
         said, heard = refused.said, refused.said.lower()
         if refused.status in (401, 403):
             got = "another" if self._connection.has_key else "none"
@@ -284,7 +286,7 @@ class RemoteGenerator(VistGenerator):
                 "prompt and answer must fit the server's context; read fewer passages, fewer latents a passage, or set "
                 f"context_tokens to what the server was started with. The server: {said}"
             )
-        return refused
+        return None
 
     def _served_names(self) -> list[str]:
         try:

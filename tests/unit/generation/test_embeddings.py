@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -29,7 +30,7 @@ IDS = torch.tensor([[1, 2, 39, 0]])
 
 def model(family: str = "llama") -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[family])
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
