@@ -349,7 +349,8 @@ def test_no_server(chat: StandIn, qwen: Path) -> None:
 
 def test_who_stops_listening_stops_the_server(chat: StandIn, qwen: Path) -> None:
     chat.pause_s = 0.02
-    stream = remote(chat, qwen).stream(PROMPTS[0], max_new_tokens=100)
+    generator = remote(chat, qwen)  # held: it is not its end that closes the connection
+    stream = generator.stream(PROMPTS[0], max_new_tokens=100)
     next(stream)
     assert not chat.left.is_set()
     stream.close()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GemmaConfig, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
 
 from vist_rag.errors import CheckpointError, ConfigError
 from vist_rag.generation.embeddings import InputEmbeddings, served_name
@@ -108,6 +109,15 @@ def test_what_is_missing_or_torn_is_named(tmp_path: Path) -> None:
         InputEmbeddings.from_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"as safetensors, got no model\.safetensors"):
+        InputEmbeddings.from_pretrained(tmp_path)
+
+
+def test_a_scale_that_is_not_made_is_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not stored: whoever does not make it would send garbage."""
+    model("gemma").save_pretrained(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "_init_weights", lambda *_: None)
+    monkeypatch.setattr(GemmaPreTrainedModel, "_init_weights", lambda *_: None)
+    with pytest.raises(ConfigError, match="built alone, got a GemmaForCausalLM"):
         InputEmbeddings.from_pretrained(tmp_path)
 
 
