@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig
 
 from tests.support.causal import byte_level_tokenizer, causal_generator
 from tests.support.serving import RefusalError, StandIn, served
-from tests.support.tiny import tiny_compressor
+from tests.support.tiny import save_tiny_checkpoint, tiny_compressor
 from vist_rag import Budget, Passage, PassageIndex, Said, SearchHit, VistRAG, VistReader
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
@@ -246,6 +246,30 @@ def test_a_pipeline_answers_over_it(chat: StandIn, qwen: Path, tmp_path: Path) -
     assert "".join(stream).strip()
     assert stream.answer is not None
     assert stream.answer.text == wanted[0].text
+
+
+def test_a_checkpoint_takes_it_in_the_place_of_its_own(chat: StandIn, qwen: Path, tmp_path: Path) -> None:
+    checkpoint = save_tiny_checkpoint(tmp_path / "checkpoint")
+    index = PassageIndex.open(tmp_path / "index", embedder=Letters())
+    index.add(PASSAGES)
+    here, there = (
+        VistRAG.from_pretrained(checkpoint, index, device="cpu", generator=generator)
+        for generator in (chat.local, remote(chat, qwen))
+    )
+    assert there.max_new_tokens == 6  # the checkpoint's own
+    assert there.answer("Where does the river run?").text == here.answer("Where does the river run?").text
+    assert len(chat.bodies) == 1
+
+
+def test_a_door_opens_on_it(chat: StandIn, qwen: Path) -> None:
+    langchain_vist = pytest.importorskip("langchain_vist")
+    here, there = (
+        langchain_vist.ChatVist.from_reader(VistReader(tiny_compressor(), generator, max_new_tokens=8))
+        for generator in (chat.local, remote(chat, qwen, endpoint="chat"))
+    )
+    assert there.invoke("the old bridge").content == here.invoke("the old bridge").content
+    assert "".join(str(piece.content) for piece in there.stream("the old bridge")).strip()
+    assert len(chat.bodies) == 2
 
 
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])

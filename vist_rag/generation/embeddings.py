@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from vist_rag.errors import CheckpointError, ConfigError, VistError
+from vist_rag.generation.int8 import is_int8
 from vist_rag.generation.referenced import REFERENCE_FILE, is_referenced
 from vist_rag.references import Reference, resolve
 
@@ -46,7 +47,7 @@ class InputEmbeddings(nn.Module):
             dtype: None: as it is stored.
         Raises:
             CheckpointError: If it is missing, torn, or of another shape than the config says.
-            ConfigError: If the model reads more of a prompt than embeddings.
+            ConfigError: If the model reads more of a prompt than embeddings, or is stored in a form of this package.
         """
         source = _source(model)
         try:
@@ -55,6 +56,11 @@ class InputEmbeddings(nn.Module):
             with torch.device("meta"):
                 skeleton = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
             table = _layer(skeleton)
+            if is_int8(source.weights):
+                raise ConfigError(
+                    f"model must be stored in a dtype that servers read, got {source.weights} with int8 rows, a form of "
+                    "this package; store the checkpoint with int8=False, or refer to the model (generator_base)."
+                )
             weight = _read(source, skeleton, table)
         except VistError:
             raise

@@ -12,6 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaPreTrainedModel
 
 from vist_rag.errors import CheckpointError, ConfigError
 from vist_rag.generation.embeddings import InputEmbeddings, served_name
+from vist_rag.generation.int8 import save_int8
 from vist_rag.generation.prefix_bert import PrefixBertConfig
 from vist_rag.generation.referenced import check_generator, save_referenced
 from vist_rag.references import Reference
@@ -118,6 +119,12 @@ def test_a_scale_that_is_not_made_is_missed(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(PreTrainedModel, "_init_weights", lambda *_: None)
     monkeypatch.setattr(GemmaPreTrainedModel, "_init_weights", lambda *_: None)
     with pytest.raises(ConfigError, match="built alone, got a GemmaForCausalLM"):
+        InputEmbeddings.from_pretrained(tmp_path)
+
+
+def test_a_form_that_no_server_reads_is_refused(tmp_path: Path) -> None:
+    save_int8(model(), tmp_path)
+    with pytest.raises(ConfigError, match=r"int8 rows.*store the checkpoint with int8=False"):
         InputEmbeddings.from_pretrained(tmp_path)
 
 
