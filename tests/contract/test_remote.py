@@ -86,15 +86,25 @@ def remote(server: StandIn, directory: Path, **settings: Any) -> RemoteGenerator
     return RemoteGenerator.from_pretrained(directory, fusion=directory / "fusion", base_url=server.url, **names)
 
 
+@pytest.fixture(scope="module")
+def local(saved: Path) -> VistGenerator:
+    return load(saved)
+
+
+@pytest.fixture(scope="module")
+def local_qwen(qwen: Path) -> VistGenerator:
+    return load(qwen)
+
+
 @pytest.fixture
-def server(saved: Path) -> Iterator[StandIn]:
-    with served(StandIn(load(saved))) as server:
+def server(local: VistGenerator) -> Iterator[StandIn]:
+    with served(StandIn(local)) as server:
         yield server
 
 
 @pytest.fixture
-def chat(qwen: Path) -> Iterator[StandIn]:
-    with served(StandIn(load(qwen))) as server:
+def chat(local_qwen: VistGenerator) -> Iterator[StandIn]:
+    with served(StandIn(local_qwen)) as server:
         yield server
 
 

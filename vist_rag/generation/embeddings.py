@@ -58,8 +58,8 @@ class InputEmbeddings(nn.Module):
             table = _layer(skeleton)
             if is_int8(source.weights):
                 raise ConfigError(
-                    f"model must be stored in a dtype that servers read, got {source.weights} with int8 rows, a form of "
-                    "this package; store the checkpoint with int8=False, or refer to the model (generator_base)."
+                    f"model must be stored in a dtype that servers read, got {source.weights} with int8 rows, a form "
+                    "of this package; store the checkpoint with int8=False, or refer to the model (generator_base)."
                 )
             weight = _read(source, skeleton, table)
         except VistError:
@@ -85,17 +85,15 @@ class _Source(NamedTuple):
     revision: str | None
 
     def file(self, name: str) -> Path | None:
-        """A file of the weights' directory, downloaded where it is on the hub; None where there is none."""
+        """A file beside the weights, downloaded where it is on the hub; None where there is none, or no connection."""
         if Path(self.weights).is_dir():
             path = Path(self.weights) / name
             return path if path.is_file() else None
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError
 
         try:
             return Path(hf_hub_download(str(self.weights), name, revision=self.revision))
-        except LocalEntryNotFoundError:  # no connection: whether there is such a file is not known
-            raise
         except EntryNotFoundError:
             return None
 
@@ -139,12 +137,18 @@ def _layer(skeleton: PreTrainedModel) -> nn.Embedding:
 
 
 def _read(source: _Source, skeleton: PreTrainedModel, table: nn.Embedding) -> Tensor:
-    index = source.file(_INDEX)
-    files: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"] if index is not None else {}
-    if index is None:
-        files = dict.fromkeys(_keys(source, _WHOLE), _WHOLE)
+    if whole := source.file(_WHOLE):
+        with safe_open(str(whole), framework="pt") as file:
+            files = dict.fromkeys(file.keys(), _WHOLE)
+    elif index := source.file(_INDEX):
+        files = json.loads(index.read_text("utf-8"))["weight_map"]
+    else:
+        raise _no_file(source, _WHOLE)
     key = _key(list(files), skeleton, table, source.weights)
-    with safe_open(str(_present(source, files[key])), framework="pt") as file:
+    path = source.file(files[key])
+    if path is None:
+        raise _no_file(source, files[key])
+    with safe_open(str(path), framework="pt") as file:
         weight: Tensor = file.get_tensor(key)
     if weight.shape != table.weight.shape or not weight.is_floating_point():
         raise CheckpointError(
@@ -154,19 +158,11 @@ def _read(source: _Source, skeleton: PreTrainedModel, table: nn.Embedding) -> Te
     return weight
 
 
-def _present(source: _Source, name: str) -> Path:
-    path = source.file(name)
-    if path is None:
-        raise CheckpointError(
-            f"model {source.weights} must hold its weights as safetensors, got no {name} (pickle is not read, as it "
-            "can run code); restore it, or write it with save_pretrained."
-        )
-    return path
-
-
-def _keys(source: _Source, name: str) -> list[str]:
-    with safe_open(str(_present(source, name)), framework="pt") as file:
-        return list(file.keys())
+def _no_file(source: _Source, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"model {source.weights} must hold its weights as safetensors, got no {name} (pickle is not read, as it can "
+        "run code); restore it, connect to the hub, or write it with save_pretrained."
+    )
 
 
 def _key(stored: Sequence[str], skeleton: PreTrainedModel, table: nn.Embedding, model: str | Path) -> str:
