@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, GemmaConfig
 
-from tests.support.causal import byte_level_tokenizer, causal_generator
+from tests.support.causal import CHATML, byte_level_tokenizer, causal_generator
 from tests.support.serving import RefusalError, StandIn, served
 from tests.support.tiny import save_tiny_checkpoint, tiny_compressor
 from vist_rag import Budget, Passage, PassageIndex, Said, SearchHit, VistRAG, VistReader
@@ -176,6 +176,22 @@ def test_chat_sends_memory_as_embeddings_and_text_as_text(chat: StandIn, qwen: P
     (message,) = chat.bodies[0]["messages"]
     assert [part["type"] for part in message["content"]] == ["text", "prompt_embeds", "text"]
     assert message["content"][0]["text"] == "document "
+
+
+@pytest.mark.parametrize("opens", [False, True])
+def test_a_chat_begins_with_what_the_template_leaves_to_the_tokenizer(tmp_path: Path, opens: bool) -> None:
+    made = causal_generator("llama")
+    made.tokenizer.chat_template = CHATML
+    directory = save(made, tmp_path)
+    with served(StandIn(load(directory))) as server:
+        generator = remote(server, directory, endpoint="chat")
+        before, after = generator.frame
+        generator.frame = ([1] * opens + [token for token in before if token != 1], after)
+        generator.generate([Prompt((TextSegment("document"), MemorySegment(memory(4))))], max_new_tokens=2)
+        opening = server.local.model.get_input_embeddings().weight[1]
+        begins = [bool(torch.equal(row, opening)) for row in server.read[0][:2]]
+        assert begins == [opens, False]
+        assert ("add_special_tokens" in server.bodies[0]) == opens
 
 
 def test_special_tokens_in_a_text_stay_text_in_a_chat(chat: StandIn, qwen: Path) -> None:

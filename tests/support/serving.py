@@ -86,7 +86,7 @@ class StandIn:
                 assert body.get("prompt") is None, "the stand-in reads embeddings only"
                 rows = self.tensor(body["prompt_embeds"])
             case "/v1/chat/completions":
-                rows = self.conversation(body["messages"])
+                rows = self.conversation(body["messages"], opens=body.get("add_special_tokens", False))
             case "/generate":
                 if "--disable-radix-cache" not in self.flags:
                     raise RefusalError(
@@ -128,7 +128,7 @@ class StandIn:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes, "more was sent than the tensor"
         return tensor
 
-    def conversation(self, messages: list[dict[str, Any]]) -> Tensor:
+    def conversation(self, messages: list[dict[str, Any]], *, opens: bool) -> Tensor:
         """Messages through the chat template, with embeddings where their parts stood."""
         tensors: list[Tensor] = []
 
@@ -150,7 +150,8 @@ class StandIn:
         rows: list[Tensor] = []
         for i, piece in enumerate(written.split(PLACE)):
             rows += tensors[i - 1 : i] if i else []
-            rows.append(table(torch.tensor(tokenizer(piece, add_special_tokens=False).input_ids, dtype=torch.long)))
+            ids = tokenizer(piece, add_special_tokens=opens and i == 0).input_ids
+            rows.append(table(torch.tensor(ids, dtype=torch.long)))
         return torch.cat(rows)
 
     # -------------------------------------------------------------------------------------------------- what goes out

@@ -134,9 +134,13 @@ class Chat(Completions):
                 return {"type": "text", "text": cast(TextSegment, segment).text}
             return {"type": "prompt_embeds", "data": encoded(next(rows)[0])}
 
+        opening = {"add_special_tokens": True} if _opens(generator) else {}
         return [
             Sent(
-                {"messages": [{"role": role, "content": list(map(part, segments))} for role, segments in messages]},
+                {
+                    "messages": [{"role": role, "content": list(map(part, segments))} for role, segments in messages],
+                    **opening,
+                },
                 generator.prompt_length(prompt),
             )
             for prompt, messages in zip(prompts, conversations, strict=True)
@@ -238,6 +242,14 @@ def _joined(segments: Sequence[Segment]) -> list[Segment]:
         elif segment.text:
             joined.append(TextSegment(segment.text))
     return joined
+
+
+def _opens(generator: RemoteGenerator) -> bool:
+    """Whether the tokenizer's beginning of sequence stands before a chat template that does not write it itself."""
+    tokenizer, mark = generator.tokenizer, "\u2042"
+    chat = [{"role": "user", "content": mark}]
+    written = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).partition(mark)[0]
+    return bool(generator.frame[0] != tokenizer(written, add_special_tokens=False).input_ids)
 
 
 def _is_plain(segment: Segment, generator: RemoteGenerator) -> bool:
