@@ -4,6 +4,7 @@ from vist_rag.generation import prefix_bert as _prefix_bert  # registers the emb
 from vist_rag.generation.fusion import CrossAttentionFusion, SoftPromptFusion, load_fusion
 from vist_rag.generation.generator import Generation, VistGenerator, best_device
 from vist_rag.generation.prompt import MemorySegment, Message, Prompt, PromptTemplate, TemplateSegment, TextSegment
+from vist_rag.generation.remote import RemoteGenerator
 from vist_rag.generation.sampling import Sampling
 from vist_rag.generation.spans import Span, make_ref, read_spans, strip_spans, write_span
 
@@ -14,6 +15,7 @@ __all__ = [
     "Message",
     "Prompt",
     "PromptTemplate",
+    "RemoteGenerator",
     "Sampling",
     "SoftPromptFusion",
     "Span",
