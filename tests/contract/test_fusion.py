@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tests.support.causal import FAMILIES, FUSED, causal_generator, fused_generator
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
-from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
+from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError, ShapeError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
 from vist_rag.generation.fusion import MEMORY_ARGUMENTS
 from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, merged, show, side_by_side
@@ -183,6 +183,13 @@ def test_nothing_is_left_behind_by_an_exception(generator: VistGenerator) -> Non
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in generator.model.modules())
     assert generator.generate([reading(3)], max_new_tokens=4) == before
     assert generator.generate([Prompt((QUESTION,))]) != before
+
+
+def test_a_prompt_of_nothing_is_refused(generator: VistGenerator) -> None:
+    with pytest.raises(InputError, match="prompt must hold something"):
+        generator.generate([Prompt((), framed=True)])
+    with pytest.raises(InputError, match="prompt must hold something"):
+        generator.generate([Prompt((), framed=True), reading(3)])
 
 
 def test_threads_do_not_mix(generator: VistGenerator) -> None:
@@ -385,6 +392,14 @@ def test_a_packer_tells_the_order_of_a_positions_tokens_once_that_is_learned() -
     assert not torch.allclose(fusion.join(meaning[:1], many, words), fusion.join(meaning[:1], many[:, :-1], words))
     joined.sum().backward()
     assert fusion.packer.read.weight.grad is not None
+
+
+def test_a_packer_in_full_precision_serves_a_model_in_half() -> None:
+    half = causal_generator("llama").model.to(torch.bfloat16)
+    fusion = SoftPromptFusion(FusionConfig(16, 32, hidden_width=8, spelling=3, packer_width=8))
+    generator = VistGenerator(half, causal_generator("llama").tokenizer, fusion)
+    spelling(generator, "the river", " runs")
+    assert generator.generate([Prompt((MemorySegment(memory(2)), QUESTION))])[0].completion_tokens > 0
 
 
 def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:

@@ -235,7 +235,7 @@ class SoftPromptFusion(nn.Module):
         """As :meth:`join`, without the boundaries: ``[m, d_llm]``."""
         if self.speller is not None or self.config.tokens:
             there, (centre, spread) = shown >= 0, self._centre_and_spread(words)
-            named = (words[shown.clamp(min=0)] - centre) * there[..., None]
+            named = ((words[shown.clamp(min=0)] - centre) * there[..., None]).to(meaning.dtype)
             meaning = meaning + named.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
             if self.packer is not None:
                 meaning = meaning + self.packer(named, there, spread)
@@ -353,7 +353,8 @@ class SoftPromptFusion(nn.Module):
             soft, shown = next(read) if isinstance(part, VisualMemory) else (table(part), part[:, None])
             return soft.to(table.weight.dtype), shown
 
-        rows = [list(map(embedded, row)) for row in parts]
+        nothing = table.weight.new_zeros(0, table.weight.shape[1]), torch.full((0, 1), -1, device=table.weight.device)
+        rows = [list(map(embedded, row)) or [nothing] for row in parts]
         return [(torch.cat([soft for soft, _ in row]), side_by_side([shown for _, shown in row])) for row in rows]
 
     def save_pretrained(self, directory: str | Path) -> None:
