@@ -65,7 +65,7 @@ def build_compressor(recipe: Mapping[str, Any], *, meta: bool = False) -> VistCo
             raise CheckpointError(f"tower {pretrained} cannot be loaded ({error}); check the name.") from error
     with torch.device("meta"):
         sizes = cast(SizesOfCompressor, SizesOfCompressor.build(source, glyphs, renderer=renderer, resampler=resampler))
-    sizes.pages = Renderer(glyphs, sizes.renderer_config)
+    sizes.pages = Renderer(glyphs.on_strip(sizes.renderer_config.patch_size_px), sizes.renderer_config)
     return sizes
 
 
