@@ -204,7 +204,7 @@ class VistGenerator:
         marks = [f"{_PLACEHOLDER}{i}{_PLACEHOLDER}" for i in range(len(messages))]
         chat = [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)]
         try:
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = _in_template(self.tokenizer, chat)
         except Exception as error:  # Jinja's own, or what a template raises
             roles = ", ".join(message.role for message in messages)
             raise InputError(f"The generator's chat template refuses messages of {roles} ({error}).") from error
@@ -401,8 +401,7 @@ class VistGenerator:
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": _PLACEHOLDER}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = _in_template(tokenizer, [{"role": "user", "content": _PLACEHOLDER}])
         before, _, after = text.partition(_PLACEHOLDER)
         return (
             tokenizer(before, add_special_tokens=False).input_ids,
@@ -410,12 +409,28 @@ def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
         )
     encoded = tokenizer("a", return_special_tokens_mask=True)
     special = takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
-    return [token for token, _ in special], []
+    return [token for token, _ in special]
+
+
+def _in_template(tokenizer: Any, chat: list[dict[str, str]]) -> str:
+    """A conversation in the words of the chat template, to be tokenized without special tokens of the tokenizer's own.
+
+    Some templates write the beginning of sequence (Gemma, Llama-3), others leave it to the tokenizer (TinyLlama): it
+    stands there once.
+    """
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    opening = "".join(tokenizer.convert_ids_to_tokens(_opening(tokenizer)))
+    return text if text.lstrip().startswith(opening) else opening + text
 
 
 def _said_by_user(messages: Sequence[Message]) -> list[Message]:
     """Neighbours of one side as one message, with ``system`` and ``tool`` on the user's side."""
     said: list[Message] = []
+    return _opening(tokenizer), []
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text."""
     for message in messages:
         role = "assistant" if message.role == "assistant" else "user"
         if said and said[-1].role == role:
