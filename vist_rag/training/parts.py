@@ -21,6 +21,7 @@ from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, MissingDependencyError
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
+from vist_rag.generation.words import word_embeddings
 from vist_rag.references import resolve
 from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
@@ -117,7 +118,7 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
     else:
         generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype)
     model = generator.model
-    words = cast(Tensor, model.get_input_embeddings().weight)
+    words = cast(Tensor, model.get_input_embeddings().weight) if meta else word_embeddings(model)
     if lora := settings.get("lora"):
         try:
             from peft import LoraConfig, get_peft_model
