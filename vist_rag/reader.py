@@ -197,6 +197,7 @@ class VistReader:
         budget: Budget | None = None,
         device: str | None = None,
         guard: GuardMode = "on",
+        quantize: str | None = None,
     ) -> Self:
         """Load compressor, generator and fusion from one directory.
 
@@ -208,10 +209,12 @@ class VistReader:
             budget: None means the checkpoint's own.
             device: None means cuda, then mps, then cpu.
             guard: As above; what the compressor misreads stands in ``compressor/fidelity.json``.
+            quantize: ``"4bit"``: the generator's layers in 4 bits (extra ``bnb``).
         Raises:
             CheckpointError: If something is missing or cannot be read, or a model that is referred to was changed.
-            ConfigError: If the guard is to be strict, and the checkpoint has no such file.
-            MissingDependencyError: If the generator has a LoRA adapter and peft is not installed.
+            ConfigError: If the guard is to be strict, and the checkpoint has no such file; if ``quantize`` cannot be.
+            MissingDependencyError: If the generator has a LoRA adapter and peft is not installed, or if ``quantize`` is
+                set and bitsandbytes is not.
         """
         directory = find_checkpoint(checkpoint)
         settings = read_settings(directory)
@@ -227,7 +230,7 @@ class VistReader:
             index=index,
             compressor=compressor,
             generator=VistGenerator.from_pretrained(
-                directory / "generator", fusion=directory / "fusion", device=device
+                directory / "generator", fusion=directory / "fusion", device=device, quantize=quantize
             ),
             budget=budget or own,
             template=template,

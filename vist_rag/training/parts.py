@@ -105,10 +105,11 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
     Raises:
         CheckpointError: If the model is missing or cannot be read.
         ConfigError: If the dtype is unknown, or peft refuses the adapter's settings.
-        MissingDependencyError: If adapters are asked for and peft is missing.
+        MissingDependencyError: If adapters are asked for and peft is missing, or 4 bits and bitsandbytes.
     """
     settings = recipe["generator"]
-    name = settings.get("dtype", "float32")
+    quantize = settings.get("quantize")
+    name = settings.get("dtype", "bfloat16" if quantize else "float32")
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype must be one of float32, bfloat16, float16, got {name!r}.")
@@ -116,7 +117,7 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
     if meta:
         generator = _sizes_of_generator(directory, dtype)
     else:
-        generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype)
+        generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype, quantize=quantize)
     model = generator.model
     words = cast(Tensor, model.get_input_embeddings().weight) if meta else word_embeddings(model)
     if lora := settings.get("lora"):
