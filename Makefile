@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: byte code is written for what is imported, not for the thousands of modules that never are.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -c constraints.txt
-DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray,dev
+DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray,remote,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -18,8 +18,9 @@ help:  ## This list
 demo: $(VENV)/.installed  ## Index the bundled corpus, compress it, ask it questions: offline, on any machine
 	@$(BIN)/vist-rag demo
 
+# Processes of one thread each: two of several threads slow each other down. Files stay whole, for what they share.
 test: $(VENV)/.installed-dev  ## The test suite; make test ARGS="-k layout" passes arguments on
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # No cache for lint-imports: it keeps what it resolved when a module was still missing.
 lint: $(VENV)/.installed-dev  ## Style, types, layers, spelling
