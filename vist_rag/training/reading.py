@@ -148,7 +148,9 @@ class MemoryReading(nn.Module):
             row.append(generator.ids(after))
             segments.append(row)
         end = generator.ids([generator.tokenizer.eos_token_id])
-        targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
+        targets = [
+            torch.cat((generator.tokenize(" " + example.target), end[: int(example.ends)])) for example in examples
+        ]
         pages = self.compressor.renderer.render(contents)
         windows = self._windows(contents, pages)
         rates = self._rates(examples, [n for *_, n in windows], rng)
