@@ -3,9 +3,9 @@
     python benchmarks/paper_costs.py --output benchmarks/results/paper-costs.json
     python benchmarks/paper_costs.py --tables benchmarks/results/paper-costs.json
 
-The second prints the tables of docs/explanation/costs.md. Counted on tensors without storage, but for one layer of attention of a
-ViT-L/14's size, which is run: OpenCLIP's towers are made of such layers, and a counter that misses them misses what the
-paper's figures lack.
+The second prints the tables of docs/explanation/costs.md. Counted on tensors without storage, but for one layer of
+attention of a ViT-L/14's size, which is run: OpenCLIP's towers are made of such layers, and a counter that misses them
+misses what the paper's figures lack.
 """
 
 from __future__ import annotations

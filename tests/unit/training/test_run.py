@@ -114,6 +114,27 @@ def answer(model: Path) -> str:
     return found.text
 
 
+# -------------------------------------------------------------------------------------------------- what comes next
+
+
+def test_a_pair_learns_what_comes_next(folder: Path, tmp_path: Path) -> None:
+    recipe = pair_recipe(folder / "tower", folder / "lm", stage("lm", pve=PVE, train=["resampler", "projector"]))
+    recipe["data"] = {"text": ["texts.jsonl"], "sequence": [60, 9]}
+    run = RecipeRun(recipe, folder / "data", tmp_path / "look")
+    compressor, generator = run.parts()
+    model = run_module.reading_model(recipe["stages"][0], compressor, generator, None)
+    rng = random.Random(0)
+    batch = model.batch(run.examples(recipe["stages"][0], list)(rng), rng)
+    assert len(batch["targets"]) == 2
+    end = generator.tokenizer.eos_token_id
+    assert all(end not in target for target in batch["targets"])  # a sequence that was cut does not end
+    assert [len(target) for target in batch["targets"]] == pytest.approx([9, 9], abs=8)
+    model_folder, seen = run_watched(recipe, folder / "data", tmp_path / "run")
+    assert {name.partition(".")[0] for name in seen["lm"].changed} == {"compressor", "fusion"}
+    assert "pve" in log_of(tmp_path / "run" / "lm")[-1]
+    assert answer(model_folder) is not None
+
+
 # ---------------------------------------------------------------------------------------------------- a pair of the hub
 
 
