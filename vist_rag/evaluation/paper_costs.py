@@ -196,6 +196,7 @@ def _compared(advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
             "weights_gb": round(costs.weight_bytes / 1e9, 2),
             "kv_gb": round(costs.kv_bytes / 1e9, 2),
             "activations_gb": round(costs.activation_bytes / 1e9, 2),
+            "peak_part": max(costs.parts, key=lambda part: part.activation_bytes).name,
         }
 
 
