@@ -182,12 +182,14 @@ class MemoryReading(nn.Module):
         return longest is None or len(tokens) + _FRAME_TOKENS <= longest
 
     def _room(self, example: Example) -> int:
-        """Positions that all memories of an example may take together, boundaries aside."""
+        """Positions that all memories of an example may take together, boundaries aside; -1: its text is too long."""
         generator, passages = self._generator[0], len(example.passages)
         limit = generator.context_tokens
         if limit is None:
             return sys.maxsize
         said = generator.count_tokens(f"{example.question}\n{example.target}")
+        if not getattr(generator.fusion, "in_context", True):  # as cross-attention
+            return sys.maxsize if said + _FRAME_TOKENS <= limit else -1
         between = generator.count_tokens(self.template.memory) + generator.fusion.boundary_tokens
         return limit - _FRAME_TOKENS - said - passages * between
 
