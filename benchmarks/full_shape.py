@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from full_shape_models import SEED, Models, Shape, known_fusions, shapes, weight_bytes
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from vist_rag import codec
 from vist_rag.compression import VisualMemory
@@ -52,7 +52,9 @@ from vist_rag.types import Passage
 WARM_UP, RESAMPLES = 2, 2000
 QUESTION = "Which month does the keeper write down in red ink?"
 WAYS = ("raw", "memory_made_now", "memory_ready")
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}  # FlopCounterMode lacks it
+_CPU_ATTENTION = {  # which FlopCounterMode lacks
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+}
 
 
 # ------------------------------------------------------------------------------------------------------- what is timed
@@ -254,7 +256,8 @@ def training_step(models: Models, cell: Cell, clock: Clock) -> dict[str, Any]:
     finally:  # the parts are used again
         optimizer.zero_grad()
         model.eval()
-        models.lm.gradient_checkpointing_disable()
+        disable = getattr(models.lm, "activation_checkpointing_disable", None)
+        (disable or models.lm.gradient_checkpointing_disable)()
         compressor.to(models.dtype)
         generator.fusion.to(models.dtype)
     step_ms = accumulate * both["ms"]["median"] + stepped["ms"]["median"]
@@ -288,7 +291,7 @@ def _sequence(models: Models, sizes: tuple[int, ...], number: int) -> Example:
     config: Any = models.shape.tower
     wanted = int(len(words) * (pages - 0.5) * (config.image_size // config.patch_size) ** 2 / patches)
     shown = " ".join((words * (wanted // len(words) + 1))[:wanted])
-    return Example((Passage(shown),), "", " ".join(["the"] * sizes[1]), False)
+    return Example((Passage(shown),), "", " ".join(["the"] * sizes[1]), raw=False, ends=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- the file

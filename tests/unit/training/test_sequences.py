@@ -35,7 +35,7 @@ def squeezed(text: str) -> str:
 def test_a_long_text_is_cut_without_a_gap_where_words_begin(tokenizer: PreTrainedTokenizerFast) -> None:
     cutter = SequenceCutter(tokenizer, 40, 10)
     found = list(cutter.cut(TEXT * 20))
-    assert len(found) > 10
+    assert len(found) >= 10
     whole = squeezed(TEXT * 20)
     assert whole.startswith("".join(squeezed(one.content) for one in found))
     words = set(TEXT.split())
