@@ -431,7 +431,7 @@ def test_memories_of_texts_that_would_not_fit_are_coarsened_and_have_no_teacher(
 
 def test_memory_outside_of_the_context_keeps_its_latents() -> None:
     model = model_of()
-    passages = tuple(Passage("the lake " * 200, title="bridge") for _ in range(3))
+    passages = tuple(Passage("the lake " * 400, title="bridge") for _ in range(3))
     long = Example(passages, "when was it", "in 1867", raw=False)
     assert any(int(at[-1]) + 1 < len(at) for at in model.batch([long], random.Random(0))["places"])
     model.fusion.in_context = False  # type: ignore[assignment]  # as cross-attention's is

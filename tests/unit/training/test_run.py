@@ -123,12 +123,12 @@ def test_a_pair_learns_what_comes_next(folder: Path, tmp_path: Path) -> None:
     run = RecipeRun(recipe, folder / "data", tmp_path / "look")
     compressor, generator = run.parts()
     model = run_module.reading_model(recipe["stages"][0], compressor, generator, None)
-    rng = random.Random(0)
-    batch = model.batch(run.examples(recipe["stages"][0], list)(rng), rng)
-    assert len(batch["targets"]) == 2
-    end = generator.tokenizer.eos_token_id
-    assert all(end not in target for target in batch["targets"])  # a sequence that was cut does not end
-    assert [len(target) for target in batch["targets"]] == pytest.approx([9, 9], abs=8)
+    drawn = run.examples(recipe["stages"][0], list)(random.Random(0))
+    assert {(one.passages[0].text, one.target) for one in drawn} <= {(one.shown, one.told) for one in run.texts()}
+    targets = model.batch(drawn, random.Random(0))["targets"]
+    assert len(targets) == 2
+    for one, target in zip(drawn, targets, strict=True):
+        assert torch.equal(target, generator.tokenize(f" {one.target}"))  # a sequence that was cut does not end
     model_folder, seen = run_watched(recipe, folder / "data", tmp_path / "run")
     assert {name.partition(".")[0] for name in seen["lm"].changed} == {"compressor", "fusion"}
     assert "pve" in log_of(tmp_path / "run" / "lm")[-1]
