@@ -165,7 +165,7 @@ class RecipeRun:
         with self._first_process_first():
             if self._texts is None and "sequence" in settings:
                 shown, told = settings["sequence"]
-                tokenizer = AutoTokenizer.from_pretrained(str(self.generator_directory()))
+                tokenizer: Any = AutoTokenizer.from_pretrained(str(self.generator_directory()))
                 self._texts = open_sequences(
                     self.data, settings["text"], self.cache, tokenizer, shown=shown, told=told, skip_bad=self.skip_bad
                 )
