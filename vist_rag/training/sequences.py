@@ -70,11 +70,10 @@ class SequenceCutter:
         """Where the word begins that a token is part of."""
         if self._held[at].isspace():
             return at
-        back = max(0, at - _LONGEST_WORD)
-        for place in range(at, back, -1):
+        for place in range(at, max(0, at - _LONGEST_WORD), -1):
             if self._held[place - 1].isspace():
                 return place
-        return 0 if back == 0 else at
+        return at
 
 
 def open_sequences(
