@@ -23,7 +23,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from full_shape_models import SEED, Models, Shape, known_fusions, shapes, weight_bytes
+from full_shape_page import WAYS, panels, tables
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -51,7 +52,6 @@ from vist_rag.types import Passage
 
 WARM_UP, RESAMPLES = 2, 2000
 QUESTION = "Which month does the keeper write down in red ink?"
-WAYS = ("raw", "memory_made_now", "memory_ready")
 _CPU_ATTENTION = {  # which FlopCounterMode lacks
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
 }
@@ -157,7 +157,7 @@ def cells(named: Mapping[str, Shape]) -> list[Cell]:
         found += [*of_text, *(Cell("rag", name, None, "raw", (k,)) for k in shape.ks)]
         for fusion in known_fusions():
             found += [Cell("table1", name, fusion, "", point) for point in shape.points if point[0]]
-            found += [Cell("rag", name, fusion, way, (k,)) for k in shape.ks for way in WAYS[1:]]
+            found += [Cell("rag", name, fusion, way, (k,)) for k in shape.ks for way in list(WAYS)[1:]]
             found.append(Cell("training", name, fusion, "", shape.sequence))
     return found
 
@@ -373,24 +373,6 @@ def run(
         print(f"{cell.key}: {told}", file=sys.stderr)
 
 
-def panels(content: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What the plot shows: a panel for each shape and fusion, with raw text in all of them."""
-    rag = [one for one in content["cells"].values() if one["part"] == "rag" and not one["out_of_memory"]]
-    for shape in dict.fromkeys(one["shape"] for one in rag):
-        for fusion in dict.fromkeys(one["fusion"] for one in rag if one["fusion"]):
-            points = [
-                {
-                    "method": one["way"],
-                    "k": one["passages"],
-                    "ttft_ms": one["ms"]["median"],
-                    "ttft_ms_quartiles": [one["ms"]["low"], one["ms"]["high"]],  # of the median; drawn alike
-                }
-                for one in rag
-                if one["shape"] == shape and one["fusion"] in (None, fusion)
-            ]
-            yield f"{shape}, {fusion.replace('_', ' ')}", {"points": points}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write the JSON, draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -402,6 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--form", default=codec.DEFAULT_FORM, choices=list(codec.FORMS), help="of a stored memory")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--plot", type=Path, help="a PNG of the time to the first token against k")
+    parser.add_argument("--page", type=Path, help="tables in Markdown")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     facts = run_facts(" ".join(["python benchmarks/full_shape.py", *(sys.argv[1:] if argv is None else argv)]), SEED)
@@ -420,6 +403,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run(results, named, wanted, device, clock, form=arguments.form, seconds=arguments.seconds)
     if arguments.plot and (shown := list(panels(results.content))):
         arguments.plot.write_bytes(first_token_against_k(arguments.plot.stem, shown).png)
+    if arguments.page:
+        arguments.page.write_text(tables(results.content) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

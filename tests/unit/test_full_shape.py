@@ -32,8 +32,10 @@ def measure(full_shape: ModuleType, output: Path, *arguments: str) -> dict[str, 
 @pytest.fixture(scope="module")
 def result(full_shape: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("full-shape")
-    told = measure(full_shape, folder / "out.json", "--plot", str(folder / "plot.png"))
+    shown = ("--plot", str(folder / "plot.png"), "--page", str(folder / "page.md"))
+    told = measure(full_shape, folder / "out.json", *shown)
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
+    told["page"] = (folder / "page.md").read_text("utf-8")
     return told
 
 
@@ -96,6 +98,14 @@ def test_a_training_step_makes_hours(result: dict[str, Any]) -> None:
     assert cell["optimizer_bytes"] == pytest.approx(2 * cell["gradient_bytes"], rel=0.01)
 
 
+def test_the_page_shows_what_was_measured(result: dict[str, Any]) -> None:
+    page = result["page"].split("\n")
+    assert sum(line.startswith("| tiny |") for line in page) == len(result["cells"])
+    ms = result["cells"]["rag/tiny/soft_prompt/memory_ready/2"]["ms"]
+    times = f"{ms['median']:.1f} [{ms['low']:.1f}, {ms['high']:.1f}]"
+    assert any(line.startswith(f"| tiny | soft prompt | memory, ready | 2 | {times} |") for line in page)
+
+
 def test_a_second_run_measures_what_is_lacking(full_shape: ModuleType, tmp_path: Path) -> None:
     output, only = tmp_path / "out.json", ("--only", "rag/tiny/text/*")
     told = measure(full_shape, output, *only)
@@ -118,7 +128,8 @@ def test_what_does_not_fit_is_told_and_the_others_are_measured(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nOf the rest nobody wants to know.")
 
     monkeypatch.setattr(full_shape, "forward_pass", too_large)
-    told = measure(full_shape, tmp_path / "out.json", "--only", "*/tiny/text/*", "--plot", str(tmp_path / "plot.png"))
+    told = measure(full_shape, tmp_path / "out.json", "--only", "*/tiny/text/*", "--page", str(tmp_path / "page.md"))
+    assert "| tiny | none | 0 | 64 | out of memory |  |  |" in (tmp_path / "page.md").read_text()
     large = told["cells"]["table1/tiny/text/0+64"]
     assert large["out_of_memory"]
     assert large["error"] == "CUDA out of memory. Tried to allocate 9 GiB."
