@@ -1,4 +1,4 @@
-"""What each ablation gives: evaluate the runs of ``vist-rag train ablations`` and ``ablations-reading``.
+"""What each ablation gives: evaluate the runs of ``vist-rag train ablations``, ``ablations-reading`` and ``fusions``.
 
 python benchmarks/ablations.py --data DIR --runs DIR [--runs DIR]     evaluate, one result file a run
 python benchmarks/ablations.py                                        docs/ablations.md from the result files alone
@@ -32,6 +32,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Tower frozen or not": ("base", "tower-trained"),
     "Elastic or fixed": ("base-reading", "fixed"),
     "Distilled or not": ("base-reading", "not-distilled"),
+    "Soft prompt or cross-attention": ("soft-prompt", "cross-attention", "cross-attention-every-second-layer"),
 }
 PAPER = {
     "PVE and what it masks": """`base` has no PVE at all. Paper, table 5:
@@ -62,6 +63,9 @@ PAPER = {
     "Tower frozen or not": "The paper freezes it, without a comparison.",
     "Elastic or fixed": "Not in the paper.",
     "Distilled or not": "Not in the paper.",
+    "Soft prompt or cross-attention": "Both ways in are learned afresh (`vist-rag train fusions`). The paper has "
+    "cross-attention only. A soft prompt has it easier here: this generator was taught with soft prompts, and its "
+    "pointer copies words from positions of the prompt; what cross-attention brings has none.",
 }
 
 
@@ -100,8 +104,8 @@ def page(results: Path) -> str:
     lines = [
         "# Ablations",
         "",
-        "One variable at a time on the embedded model, at equal steps, seeds and data: `vist-rag train ablations` and",
-        "`vist-rag train ablations-reading`, measured by `benchmarks/ablations.py`, which wrote this page.",
+        "One variable at a time on the embedded model, at equal steps, seeds and data: `vist-rag train ablations`,",
+        "`ablations-reading` and `fusions`, measured by `benchmarks/ablations.py`, which wrote this page.",
         "Exact match in percent on SQuAD development questions with their gold passage, with 95 % bootstrap intervals.",
         "Behind each figure, how many times fewer positions it takes than the raw text. The paper's figures",
         "(arXiv:2502.00791) stand beside ours whether or not they agree: a 1.1 B generator there, 11 M here.",

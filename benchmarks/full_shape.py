@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from full_shape_models import SEED, Models, Shape, known_fusions, shapes, weight_bytes
+from full_shape_models import FUSIONS, SEED, Models, Shape, shapes, weight_bytes
 from full_shape_page import WAYS, panels, tables
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -155,7 +155,7 @@ def cells(named: Mapping[str, Shape]) -> list[Cell]:
     for name, shape in named.items():
         of_text = [Cell("table1", name, None, "", point) for point in shape.points if not point[0]]
         found += [*of_text, *(Cell("rag", name, None, "raw", (k,)) for k in shape.ks)]
-        for fusion in known_fusions():
+        for fusion in FUSIONS:
             found += [Cell("table1", name, fusion, "", point) for point in shape.points if point[0]]
             found += [Cell("rag", name, fusion, way, (k,)) for k in shape.ks for way in list(WAYS)[1:]]
             found.append(Cell("training", name, fusion, "", shape.sequence))
@@ -395,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     named = shapes(tiny=arguments.tiny)
     try:
-        results = Results(arguments.output, {**facts, "fusions": known_fusions()}, setting)
+        results = Results(arguments.output, facts, setting)
     except ConfigError as error:
         parser.error(str(error))
     wanted = [cell for cell in cells(named) if fnmatch.fnmatch(cell.key, arguments.only)]

@@ -10,13 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-import vist_rag.generation as generation
 from vist_rag.checkpoint import embedded_checkpoint
 from vist_rag.compression import VistCompressor
 from vist_rag.config import FusionConfig, ResamplerConfig
-from vist_rag.errors import ConfigError
 from vist_rag.evaluation.paper_costs import SHAPES, TABLE_1
-from vist_rag.generation import SoftPromptFusion, VistGenerator
+from vist_rag.generation import CrossAttentionFusion, SoftPromptFusion, VistGenerator
 from vist_rag.training.parts import atlas
 from vist_rag.training.recipe import load_recipe
 
@@ -87,24 +85,12 @@ def long_context(config: Any) -> Any:
     return config
 
 
-def known_fusions() -> list[str]:
-    """The fusions that this version of the package has."""
-    return [kind for kind in FUSIONS if kind == "soft_prompt" or hasattr(generation, "CrossAttentionFusion")]
-
-
 def build_fusion(kind: str, lm: Any, memory_width: int) -> SoftPromptFusion:
-    """A fresh fusion for a generator.
-
-    Raises:
-        ConfigError: If there is no such fusion in this version.
-    """
-    if kind not in known_fusions():
-        raise ConfigError(f"fusion must be one of {', '.join(known_fusions())}, got {kind!r}; use another version.")
-    if kind == "soft_prompt":
-        width = lm.get_input_embeddings().weight.shape[1]
-        return SoftPromptFusion(FusionConfig(memory_width, width, hidden_width=2 * width))
-    made: SoftPromptFusion = generation.CrossAttentionFusion.for_model(lm, memory_width)
-    return made
+    """A fresh fusion of ``FUSIONS`` for a generator."""
+    if kind == "cross_attention":
+        return CrossAttentionFusion.for_model(lm, memory_width)
+    width = lm.get_input_embeddings().weight.shape[1]
+    return SoftPromptFusion(FusionConfig(memory_width, width, hidden_width=2 * width))
 
 
 # ---------------------------------------------------------------------------------------------------------- the models

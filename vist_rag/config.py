@@ -110,6 +110,56 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CrossAttentionConfig:
+    """Sizes of gated cross-attention in a generator's layers: those of the layers' own self-attention.
+
+    Attributes:
+        layers: Numbers of the layers that read memory, ascending.
+        heads: Query heads.
+        kv_heads: Heads of keys and values; must divide ``heads``.
+        d_head: Width of a head.
+        scale: What scores are multiplied by.
+        direct: Whether keys and values are made of the latents themselves, as in the paper; else of what the projector
+            makes of them, spelling included.
+        bias: Whether the projections of queries, keys and values have a bias.
+        norm: Whether states are normed before they ask: in layers that norm before and not after.
+        head_norm: Whether queries and keys are normed in each head, as in Qwen3 and Gemma 3.
+        bucket: Memories of a batch are padded to a multiple of so many latents, so that ``torch.compile`` meets few
+            lengths.
+    Source: VIST, arXiv:2502.00791, appendix A.1.
+    """
+
+    layers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    d_head: int
+    scale: float
+    direct: bool = True
+    bias: bool = False
+    norm: bool = True
+    head_norm: bool = False
+    bucket: int = 64
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        _check(
+            "layers",
+            self.layers,
+            allowed="numbers of layers, ascending, one at least",
+            ok=len(self.layers) > 0 and list(self.layers) == sorted({*self.layers}) and self.layers[0] >= 0,
+        )
+        for name in ("heads", "kv_heads", "d_head", "bucket"):
+            _check(name, getattr(self, name), allowed="1 or more", ok=getattr(self, name) >= 1)
+        _check(
+            "kv_heads",
+            self.kv_heads,
+            allowed=f"a divisor of heads ({self.heads})",
+            ok=self.heads % self.kv_heads == 0,
+        )
+        _check("scale", self.scale, allowed="above 0", ok=self.scale > 0)
+
+
+@dataclass(frozen=True, slots=True)
 class FusionConfig:
     """How memory enters the generator.
 
@@ -124,6 +174,7 @@ class FusionConfig:
         tokens: Tokens whose ids a latent ends with, ``spelling_width`` numbers in all; 0 where it spells characters.
         packer_width: Width of the hidden layer that tells in which order a position's tokens stand; 0: their mean
             alone, which does not.
+        attention: Sizes of the cross-attention by which memory enters; None: it enters as soft prompt.
     """
 
     memory_width: int
@@ -134,8 +185,12 @@ class FusionConfig:
     spelling_width: int = 0
     tokens: int = 0
     packer_width: int = 0
+    attention: CrossAttentionConfig | None = None
 
     def __post_init__(self) -> None:
+        given: Any = self.attention
+        if isinstance(given, dict):  # as a checkpoint has it
+            object.__setattr__(self, "attention", CrossAttentionConfig(**given))
         _check("packer_width", self.packer_width, allowed="0 or more", ok=self.packer_width >= 0)
         _check("spelling_width", self.spelling_width, allowed="0 or more", ok=self.spelling_width >= 0)
         _check("spelling", self.spelling, allowed="0 or more", ok=self.spelling >= 0)

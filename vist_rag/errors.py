@@ -34,6 +34,10 @@ class IncompatibleMemoryError(VistError):
     """A memory was made by another compressor than the generator's fusion was trained for."""
 
 
+class ServerError(VistError):
+    """A server that was asked to generate cannot be reached, refuses, or breaks off."""
+
+
 class MissingDependencyError(VistError, ImportError):
     """An optional package is needed; the message names the extra that brings it."""
 

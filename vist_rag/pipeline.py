@@ -61,9 +61,12 @@ class VistRAG(VistReader):
         budget: Budget | None = None,
         device: str | None = None,
         guard: GuardMode = "on",
+        generator: VistGenerator | None = None,
     ) -> Self:
         """As :meth:`VistReader.from_pretrained`, over an index."""
-        return super().from_pretrained(checkpoint, index=index, budget=budget, device=device, guard=guard)
+        return super().from_pretrained(
+            checkpoint, index=index, budget=budget, device=device, guard=guard, generator=generator
+        )
 
     def answer(self, question: str, *, budget: Budget | None = None) -> Answer:
         """Answer one question. Questions of several threads that come at the same time are answered together.

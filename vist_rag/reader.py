@@ -197,6 +197,7 @@ class VistReader:
         budget: Budget | None = None,
         device: str | None = None,
         guard: GuardMode = "on",
+        generator: VistGenerator | None = None,
     ) -> Self:
         """Load compressor, generator and fusion from one directory.
 
@@ -208,6 +209,7 @@ class VistReader:
             budget: None means the checkpoint's own.
             device: None means cuda, then mps, then cpu.
             guard: As above; what the compressor misreads stands in ``compressor/fidelity.json``.
+            generator: In the place of the checkpoint's, such as a ``RemoteGenerator`` with the same fusion.
         Raises:
             CheckpointError: If something is missing or cannot be read, or a model that is referred to was changed.
             ConfigError: If the guard is to be strict, and the checkpoint has no such file.
@@ -226,9 +228,8 @@ class VistReader:
         return cls(
             index=index,
             compressor=compressor,
-            generator=VistGenerator.from_pretrained(
-                directory / "generator", fusion=directory / "fusion", device=device
-            ),
+            generator=generator
+            or VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device=device),
             budget=budget or own,
             template=template,
             max_new_tokens=settings.get("max_new_tokens", 32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -10,20 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.causal import FAMILIES, causal_generator
+from tests.support.causal import FAMILIES, FUSED, causal_generator, fused_generator
 from vist_rag.compression import VisualMemory
 from vist_rag.config import FusionConfig
-from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
+from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, InputError, ShapeError
 from vist_rag.generation import MemorySegment, Prompt, SoftPromptFusion, TextSegment, VistGenerator
+from vist_rag.generation.fusion import MEMORY_ARGUMENTS
 from vist_rag.generation.fusion.soft_prompt import CHARACTER_CLASSES, merged, show, side_by_side
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 
 QUESTION = TextSegment("question when was the bridge built answer")
 
 
-@pytest.fixture(params=FAMILIES, scope="module")
+@pytest.fixture(params=FUSED, ids="-".join, scope="module")
 def generator(request: pytest.FixtureRequest) -> VistGenerator:
-    return causal_generator(request.param)
+    """Each family with each fusion that it can take."""
+    return fused_generator(*request.param)
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -67,7 +70,7 @@ def full_logits(generator: VistGenerator, inputs: dict[str, Tensor], answers: Te
     """One forward pass over prompts and answers together, without a cache: logits of the answers' tokens."""
     embeds = torch.cat((inputs["inputs_embeds"], generator.model.get_input_embeddings()(answers)), dim=1)
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(answers)), dim=1)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {name: given for name, given in inputs.items() if name in MEMORY_ARGUMENTS}
     if isinstance(generator.model, PrefixBertForCausalLM):
         extra["prefix_mask"] = torch.arange(mask.shape[1]).expand_as(mask) < inputs["attention_mask"].shape[1]
         extra["shown"] = nn.functional.pad(inputs["shown"], (0, 0, 0, answers.shape[1]), value=-1)
@@ -127,7 +130,9 @@ def test_a_batch_reads_as_one_by_one(generator: VistGenerator) -> None:
         reading(12, seed=5, size=2),  # more slots a position than the others
     ]
     with generator.fusion.condition(generator, prompts) as inputs:
-        assert inputs["attention_mask"].sum(1).tolist() == [generator.prompt_length(p) for p in prompts]
+        beside = [0 if generator.fusion.in_context else p.memory_tokens for p in prompts]
+        lengths = [generator.prompt_length(p) - n for p, n in zip(prompts, beside, strict=True)]
+        assert inputs["attention_mask"].sum(1).tolist() == lengths
         together = generator.model.generate(
             **inputs,
             max_new_tokens=5,
@@ -180,6 +185,13 @@ def test_nothing_is_left_behind_by_an_exception(generator: VistGenerator) -> Non
     assert generator.generate([Prompt((QUESTION,))]) != before
 
 
+def test_a_prompt_of_nothing_is_refused(generator: VistGenerator) -> None:
+    with pytest.raises(InputError, match="prompt must hold something"):
+        generator.generate([Prompt((), framed=True)])
+    with pytest.raises(InputError, match="prompt must hold something"):
+        generator.generate([Prompt((), framed=True), reading(3)])
+
+
 def test_threads_do_not_mix(generator: VistGenerator) -> None:
     prompts = [reading(n, seed=n) for n in range(1, 7)]
     alone = [generator.generate([prompt], max_new_tokens=4, stop=["zz"])[0] for prompt in prompts]
@@ -189,9 +201,9 @@ def test_threads_do_not_mix(generator: VistGenerator) -> None:
 
 
 def test_memory_of_another_compressor_is_refused(generator: VistGenerator) -> None:
-    bound = VistGenerator(
-        generator.model, generator.tokenizer, SoftPromptFusion(FusionConfig(16, 32, 8, fingerprint="0123456789abcdef"))
-    )
+    fusion = copy.deepcopy(generator.fusion)
+    fusion.bind("0123456789abcdef")
+    bound = VistGenerator(generator.model, generator.tokenizer, fusion)
     with pytest.raises(IncompatibleMemoryError, match=r"compressor 0123456789ab .* got compressor"):
         bound.generate([reading(3)])
     own = VisualMemory(memory(3).latents, "0123456789abcdef")
@@ -313,7 +325,7 @@ def test_any_generator_reads_a_memory_at_any_number_of_positions(generator: Vist
     for size in (9, 4, 2, 1):
         prompt = reading(9, size=size)
         with generator.fusion.condition(generator, [prompt]) as inputs:
-            assert inputs["attention_mask"].shape == (1, frame + size)
+            assert inputs["attention_mask"].shape == (1, frame + size * generator.fusion.in_context)
             last.append(generator.model(**inputs).logits[0, -1])
         answer = generator.generate([prompt], max_new_tokens=3)[0]
         assert answer.prompt_tokens == generator.prompt_length(prompt) == frame + size
@@ -380,6 +392,14 @@ def test_a_packer_tells_the_order_of_a_positions_tokens_once_that_is_learned() -
     assert not torch.allclose(fusion.join(meaning[:1], many, words), fusion.join(meaning[:1], many[:, :-1], words))
     joined.sum().backward()
     assert fusion.packer.read.weight.grad is not None
+
+
+def test_a_packer_in_full_precision_serves_a_model_in_half() -> None:
+    half = causal_generator("llama").model.to(torch.bfloat16)
+    fusion = SoftPromptFusion(FusionConfig(16, 32, hidden_width=8, spelling=3, packer_width=8))
+    generator = VistGenerator(half, causal_generator("llama").tokenizer, fusion)
+    spelling(generator, "the river", " runs")
+    assert generator.generate([Prompt((MemorySegment(memory(2)), QUESTION))])[0].completion_tokens > 0
 
 
 def test_a_model_that_copies_is_told_what_text_and_memory_show() -> None:

@@ -89,6 +89,7 @@ def test_info_tells_of_versions_machine_and_checkpoint(tiny: Path) -> None:
     assert report["machine"]["device"]
     checkpoint = report["checkpoint"]
     assert len(checkpoint["fingerprint"]) == 64
+    assert checkpoint["fusion"] == "soft_prompt"
     assert checkpoint["parameters"]["resampler"] == sum(p.numel() for p in compressor.resampler.parameters())
     assert checkpoint["bytes"]["compressor"] > 2 * checkpoint["parameters"]["vision_tower"]
     assert checkpoint["settings"]["budget"] == {"k_raw": 0, "k_memory": 2, "latents": 16}

@@ -131,10 +131,6 @@ def test_a_pretrained_pair(place: Path, recipe: Path) -> None:
 
 @pytest.mark.parametrize("fusion", ["soft_prompt", "cross_attention"])
 def test_the_paper(place: Path, recipe: Path, fusion: str) -> None:
-    import vist_rag.generation
-
-    if fusion == "cross_attention" and not hasattr(vist_rag.generation, "CrossAttentionFusion"):
-        pytest.skip("cross-attention is not in this version")
     smaller = [
         f"tower.pretrained={place / 'clip'}",
         f"generator.pretrained={place / 'lm'}",

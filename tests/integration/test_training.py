@@ -91,6 +91,7 @@ def test_a_checkpoint_is_taught_further_and_measured_on_the_way(tmp_path: Path, 
     block = {"task": "qa", "dataset": "squad_open", "passages": "bm25", "corpus": ["corpus/village.jsonl"], "limit": 2}
     recipe = {
         "start": {"checkpoint": str(save_tiny_checkpoint(tmp_path / "start"))},
+        "probe": {"measure": False},
         "data": {"text": ["texts.jsonl"]},
         "evaluation": {"every": 1, "metric": "f1", "rate": 2.0, "block": block},
         "settings": {"max_new_tokens": 4},

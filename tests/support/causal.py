@@ -17,9 +17,15 @@ from transformers import (
 
 from tests.support.tiny import WORDS, tiny_generator
 from vist_rag.config import FusionConfig
-from vist_rag.generation import SoftPromptFusion, VistGenerator
+from vist_rag.generation import CrossAttentionFusion, SoftPromptFusion, VistGenerator
 
 FAMILIES = ("prefix_bert", "llama", "gpt2", "qwen3")
+SOFT_ONLY = ("gpt2",)
+"""Families whose layers are of no shape that takes cross-attention."""
+FUSED = [
+    *((family, "soft_prompt") for family in FAMILIES),
+    *((family, "cross_attention") for family in FAMILIES if family not in SOFT_ONLY),
+]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -93,3 +99,19 @@ def causal_generator(family: str, *, memory_width: int = 16, seed: int = 0) -> V
         i for i, text in enumerate(texts) if not (text.isascii() and text.isprintable())
     ]
     return VistGenerator(model, tokenizer, SoftPromptFusion(FusionConfig(memory_width, 32, hidden_width=32)))
+
+
+def fused_generator(family: str, fusion: str, *, memory_width: int = 16, seed: int = 0) -> VistGenerator:
+    """A generator of random weights that reads memory by this fusion."""
+    generator = causal_generator(family, memory_width=memory_width, seed=seed)
+    if fusion == "soft_prompt":
+        return generator
+    cross = CrossAttentionFusion.for_model(generator.model, memory_width)
+    taught(cross)
+    return VistGenerator(generator.model, generator.tokenizer, cross)
+
+
+def taught(fusion: CrossAttentionFusion) -> None:
+    """Output projections of random weights: a fresh fusion adds nothing to what the model says."""
+    for block in fusion.blocks.values():
+        torch.nn.init.normal_(block.output.weight, std=0.5)

@@ -91,6 +91,7 @@ def test_the_page_of_ablations_holds_what_was_measured_beside_the_paper(ablation
 def test_the_page_compares_what_the_recipes_train(ablations: ModuleType) -> None:
     from vist_rag.training.recipe import load_recipe
 
-    trained = {*load_recipe("ablations")["ablations"], *load_recipe("ablations-reading")["ablations"]}
+    recipes = ("ablations", "ablations-reading", "fusions")
+    trained = {name for recipe in recipes for name in load_recipe(recipe)["ablations"]}
     assert {name for names in ablations.TABLES.values() for name in names} == trained
     assert ablations.TABLES.keys() == ablations.PAPER.keys()

@@ -150,8 +150,6 @@ def test_what_was_measured_before_a_stop_is_kept(
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
-@pytest.mark.skipif(not hasattr(__import__("vist_rag.generation").generation, "CrossAttentionFusion"),
-                    reason="cross-attention is not in this version")  # fmt: skip
 def test_cross_attention_takes_no_positions(result: dict[str, Any]) -> None:
     cells = result["cells"]
     soft, cross = (cells[f"rag/tiny/{name}/memory_ready/2"] for name in ("soft_prompt", "cross_attention"))

@@ -170,7 +170,7 @@ def run_block(
     model = task.adapt(model)
     adapted = {name: task.adapt(other) for name, other in trained.items()}
     room = {asked.id: _room(model, asked, task) for asked in task.asked}
-    least = model.memory_frame + 1 if _in_context(model) else 0
+    least = model.memory_frame + 1 if model.generator.fusion.in_context else 0
     asked = [one for one in task.asked if room[one.id] >= least]
     if not asked:
         raise InputError(
@@ -228,11 +228,6 @@ def _room(model: EvalModel, asked: Asked, task: Task) -> int:
     return 10**9 if limit is None else limit - taken
 
 
-def _in_context(model: EvalModel) -> bool:
-    """Whether memory takes positions of the generator's context, as a soft prompt does."""
-    return bool(getattr(model.generator.fusion, "in_context", True))
-
-
 def _check_tokens(cells: Sequence[Cell], model: EvalModel) -> None:
     least = model.memory_frame + 1
     for cell in cells:
@@ -255,7 +250,7 @@ def _answered(
     answered once, and ``judged`` keeps what came of it.
     """
     model = method.model
-    boundless = isinstance(method, Memory) and not _in_context(model)
+    boundless = isinstance(method, Memory) and not model.generator.fusion.in_context
     built: list[tuple[Asked, Prompt, int]] = []
     for one in asked:
         raw = sum(model.raw_tokens(p) for p in one.passages)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, S
 
 from vist_rag.compression import VisualMemory
 from vist_rag.errors import CheckpointError, ConfigError, InputError, ShapeError, VistError
-from vist_rag.generation.fusion import SoftPromptFusion
+from vist_rag.generation.fusion import MEMORY_ARGUMENTS, SoftPromptFusion, load_fusion
 from vist_rag.generation.int8 import is_int8, load_int8
 from vist_rag.generation.prefix_cache import PrefixCache
 from vist_rag.generation.prompt import MemorySegment, Message, Prompt, Segment, TemplateSegment, TextSegment
@@ -38,7 +38,7 @@ class Generation:
 
     Attributes:
         text: The text, stop string and special tokens removed, stripped of white space.
-        prompt_tokens: Positions that the prompt took.
+        prompt_tokens: Positions that the prompt took; latents count where they take none, too.
         completion_tokens: Tokens generated, the end-of-sequence token included.
     """
 
@@ -53,7 +53,8 @@ class VistGenerator:
     Args:
         model: Any Hugging Face causal LM whose ``generate`` takes ``inputs_embeds``.
         tokenizer: Its tokenizer; a chat template, where it has one, is used.
-        fusion: How memory enters. None: text only.
+        fusion: How memory enters (``CrossAttentionFusion`` too: it lets the model's layers take memory). None: text
+            only.
         prefix_cache_bytes: What is kept of how prompts begin, for those that begin alike; on the model's device. 0:
             nothing. A model that reads its prompt in both directions, as the embedded one, keeps nothing.
 
@@ -64,7 +65,7 @@ class VistGenerator:
 
     Raises:
         ShapeError: If the fusion was built for another width.
-        ConfigError: If ``prefix_cache_bytes`` is below 0.
+        ConfigError: If ``prefix_cache_bytes`` is below 0, or the model's layers cannot take memory by this fusion.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class VistGenerator:
                 "train a fusion for this generator."
             )
         self.fusion = (fusion or SoftPromptFusion.text_only(width)).to(self.device).eval()
+        self.fusion.attach(model)
 
     @classmethod
     def from_pretrained(
@@ -102,7 +104,7 @@ class VistGenerator:
 
         Args:
             model: Hub id or local directory of a causal LM, or a checkpoint's directory that refers to one.
-            fusion: Directory that ``SoftPromptFusion.save_pretrained`` wrote.
+            fusion: Directory that a fusion's ``save_pretrained`` wrote.
             device: None means cuda, then mps, then cpu.
             dtype: Of the weights; None means bf16 on cuda and float32 elsewhere.
             prefix_cache_bytes: What is kept of how prompts begin.
@@ -124,7 +126,7 @@ class VistGenerator:
             raise
         except Exception as error:  # torn weights, a torn tokenizer and bad JSON each raise a class of their own
             raise CheckpointError(f"generator {model} cannot be loaded ({error}); restore its files.") from error
-        read = SoftPromptFusion.from_pretrained(fusion) if fusion else None
+        read = load_fusion(fusion) if fusion else None
         return cls(cast(Any, lm).to(device), tokenizer, read, prefix_cache_bytes=prefix_cache_bytes)
 
     @property
@@ -175,7 +177,7 @@ class VistGenerator:
         return self.ids(self.encoding(segment.text, template=isinstance(segment, TemplateSegment)).input_ids)
 
     def prompt_length(self, prompt: Prompt) -> int:
-        """Positions that a prompt takes, frame and boundary embeddings included."""
+        """What the generator reads of a prompt, in positions: text, latents, frame and boundary embeddings."""
         boundary = self.fusion.boundary_tokens
         return sum(len(part) + boundary * isinstance(part, VisualMemory) for part in self.parts(prompt))
 
@@ -258,7 +260,7 @@ class VistGenerator:
             with self._read(some, options) as inputs:
                 self._check_length(inputs, max_new_tokens)
                 output = self.model.generate(**inputs, **self._options(max_new_tokens, stop_at, options))
-            lengths = inputs["attention_mask"].sum(1).tolist()
+            lengths = self._lengths(some, inputs["attention_mask"])
             answers += [self._generation(row, length, stop) for row, length in zip(output, lengths, strict=True)]
         return answers
 
@@ -298,7 +300,12 @@ class VistGenerator:
                 thread.join()
             if failures:
                 raise failures[0]
-        return self._generation(outputs[0][0], int(inputs["attention_mask"].sum()), stop)
+        return self._generation(outputs[0][0], self._lengths([prompt], inputs["attention_mask"])[0], stop)
+
+    def _lengths(self, prompts: Sequence[Prompt], mask: Tensor) -> list[int]:
+        """What was read of each prompt, in positions, memory that takes none included."""
+        beside = [0 if self.fusion.in_context else prompt.memory_tokens for prompt in prompts]
+        return [int(length) + n for length, n in zip(mask.sum(1).tolist(), beside, strict=True)]
 
     @contextmanager
     def _read(self, prompts: list[Prompt], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -349,7 +356,12 @@ class VistGenerator:
             token_ids = pad_sequence(some, batch_first=True)
             there = pad_sequence([torch.ones_like(ids) for ids in some], batch_first=True)
             mask = torch.cat((inputs["attention_mask"].expand(len(some), -1), there), dim=1)
-            logits = self.model(input_ids=token_ids, attention_mask=mask, past_key_values=cache).logits
+            memory = {
+                name: given.expand(len(some), *given.shape[1:]) if isinstance(given, Tensor) else given
+                for name, given in inputs.items()
+                if name in MEMORY_ARGUMENTS
+            }
+            logits = self.model(input_ids=token_ids, attention_mask=mask, past_key_values=cache, **memory).logits
             later = logits.float().log_softmax(-1)
             scores += [
                 torch.cat((first[ids[:1]], row[:-1].gather(1, ids[1:, None])[:, 0])).cpu()

@@ -258,6 +258,9 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         token_type_ids: Tensor | None = None,
         prefix_mask: Tensor | None = None,
         shown: Tensor | None = None,
+        memory_kv: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        memory_blocks: nn.Module | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
@@ -276,6 +279,10 @@ class PrefixBertForCausalLM(BertLMHeadModel):
                 directions, the rest from left to right. None: all of the first forward pass is prompt.
             shown: Words that each position shows, int64 ``[b, t, s]``, -1 where there are fewer; None means
                 ``input_ids``, and where there are none, nothing can be copied.
+            memory_kv: Memory that the layers look up, as ``memory_mask`` and ``memory_blocks`` are
+                (``CrossAttentionFusion.memory_arguments``).
+            memory_mask: Its mask.
+            memory_blocks: What reads it.
             use_cache: Keep keys and values.
             logits_to_keep: Logits of so many last positions only; 0 means all.
             output_hidden_states: Return the states of every layer too, the input first.
@@ -306,6 +313,9 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             token_type_ids=token_type_ids,
             use_cache=cache is not None,
             output_hidden_states=output_hidden_states,
+            memory_kv=memory_kv,
+            memory_mask=memory_mask,
+            memory_blocks=memory_blocks,
         )
         states = read.last_hidden_state
         kept = min(logits_to_keep or length, length)

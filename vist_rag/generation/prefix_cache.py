@@ -125,12 +125,15 @@ def _common(generator: VistGenerator, prompts: Sequence[Prompt]) -> list[Prefix]
     weights = [*generator.model.parameters(), *generator.fusion.parameters()]
     seed = repr([(w.data_ptr(), w._version) for w in weights]).encode()
     chains, lengths = [], []
-    boundary = generator.fusion.boundary_tokens
+    boundary, in_context = generator.fusion.boundary_tokens, generator.fusion.in_context
     for prompt in prompts:
-        sha, length, chain = hashlib.sha256(seed), 0, []
+        # Memory that stands beside the context is looked at from every position, the first one too.
+        beside = b"" if in_context else b"".join(_bytes(s.memory) for s in _memories(prompt))
+        sha, length, chain = hashlib.sha256(seed + beside), 0, []
         for number, part in enumerate(generator.parts(prompt), start=1):
             sha.update(_bytes(part))
-            length += len(part) + boundary * isinstance(part, VisualMemory)
+            if in_context or not isinstance(part, VisualMemory):
+                length += len(part) + boundary * isinstance(part, VisualMemory)
             chain.append(Prefix(sha.digest(), number, length))
         chains.append(chain)
         lengths.append(length)
@@ -140,6 +143,10 @@ def _common(generator: VistGenerator, prompts: Sequence[Prompt]) -> list[Prefix]
             break
         same.append(ends[0])
     return [prefix for prefix in same if _LEAST <= prefix.length < min(lengths)]
+
+
+def _memories(prompt: Prompt) -> list[MemorySegment]:
+    return [segment for segment in prompt.segments if isinstance(segment, MemorySegment)]
 
 
 def _ends(prompt: Prompt) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,13 +50,21 @@ class Sampling:
     def processors(self) -> LogitsProcessorList:
         """For ``model.generate``, greedy: what makes the most likely token one that was drawn. Good for one call."""
         if self.temperature == 0:
-            return LogitsProcessorList()
+            return Drawing(self)
         chain: list[LogitsProcessor] = [TemperatureLogitsWarper(self.temperature)]
         if self.top_k is not None:
             chain.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1:
             chain.append(TopPLogitsWarper(self.top_p))
-        return LogitsProcessorList([*chain, _Gumbel(secrets.randbits(63) if self.seed is None else self.seed)])
+        return Drawing(self, [*chain, _Gumbel(secrets.randbits(63) if self.seed is None else self.seed)])
+
+
+class Drawing(LogitsProcessorList):
+    """What ``Sampling.processors`` gives; a generator that is elsewhere is told ``sampling`` in the place of it."""
+
+    def __init__(self, sampling: Sampling, chain: Sequence[LogitsProcessor] = ()) -> None:
+        super().__init__(chain)
+        self.sampling = sampling
 
 
 class _Gumbel(LogitsProcessor):

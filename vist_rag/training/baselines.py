@@ -22,7 +22,7 @@ from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
-from vist_rag.training.parts import atlas, base_model, plain
+from vist_rag.training.parts import atlas, base_model, fresh_fusion, plain
 from vist_rag.training.recipe import override
 from vist_rag.training.run import RecipeRun
 
@@ -70,6 +70,8 @@ class ContinuedRun(RecipeRun):
         model = generator.model
         if (width := wanted.get("copy_width", 0)) and isinstance(model, PrefixBertForCausalLM) and not model.copy.local:
             model.tell_apart(width)
+        if "fusion" in wanted:
+            return load_compressor(directory, device="cpu"), entered_anew(generator, wanted)
         if (width := wanted.get("packer_width", 0)) and generator.fusion.packer is None:
             fusion = SoftPromptFusion(replace(generator.fusion.config, packer_width=width))
             fusion.load_state_dict(generator.fusion.state_dict(), strict=False)
@@ -92,6 +94,22 @@ class ContinuedRun(RecipeRun):
     def _checkpoint(self) -> Path:
         name = self.recipe["start"]["checkpoint"]
         return find_checkpoint(None if name == "embedded" else name)
+
+
+def entered_anew(generator: VistGenerator, settings: Mapping[str, Any]) -> VistGenerator:
+    """A generator whose memory enters by another fusion, or by the same one untaught.
+
+    What was learned of how memory is spelt is kept (speller, packer, boundaries): that is the compressor's side. The
+    projector and cross-attention start afresh, so that two ways in can be compared at the same steps.
+    """
+    old = generator.fusion
+    config = replace(old.config, fingerprint="", attention=None)
+    fusion = fresh_fusion({"direct": not config.spelling, **settings}, config, generator.model)
+    kept = {name: weight for name, weight in old.state_dict().items() if name.startswith(("speller.", "packer."))}
+    if fusion.in_context and old.in_context:
+        kept["boundaries"] = old.boundaries.detach()
+    fusion.load_state_dict(kept, strict=False)
+    return VistGenerator(generator.model, generator.tokenizer, fusion)
 
 
 class BaselineRun(ContinuedRun):

@@ -24,6 +24,8 @@ from vist_rag.compression import PassageCompressor
 from vist_rag.compression.resampler import PerceiverResampler
 from vist_rag.compression.text import TextTower
 from vist_rag.compression.vision import VisionTower
+from vist_rag.config import CrossAttentionConfig
+from vist_rag.generation.fusion.cross_attention import CrossAttention, CrossAttentionFusion
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.training.lexical import LexicalAlignment
 from vist_rag.training.reading import MemoryReading
@@ -271,21 +273,43 @@ def _reading(tally: _Tally, model: MemoryReading, batch: Mapping[str, Any], *, c
         _compressor(tally, model.compressor, batch["patch_mask"])
         latents = sum(n for *_, n in batch["windows"])
         flows = _learns(model.compressor, fusion.projector)
-        drawn = batch["kept_words"] is not None and memories > 1  # what memory means is asked for a second time
-        tally.multiply("projector", _matrices(fusion.projector), latents * (1 + drawn), flows=flows)
+        # What memory means is asked for by cross-attention only where it does not take latents as they are, by PVE too.
+        read = fusion.config.attention is None or not fusion.config.attention.direct
+        drawn = batch["kept_words"] is not None and memories > 1
+        tally.multiply("projector", _matrices(fusion.projector), latents * (read + drawn), flows=flows)
         if fusion.speller is not None:
             tally.multiply("projector", _matrices(fusion.speller), latents, flows=False, learn=False)
     if memories and fusion.packer is not None:
         tally.multiply("projector", [fusion.packer.read.weight], rows.shown - sum(rows.text), flows=False)
         positions = sum(rows.memory) - memories * fusion.boundary_tokens
         tally.multiply("projector", [fusion.packer.write.weight], positions, flows=_learns(fusion.packer))
-    prompts = [text + memory for text, memory in zip(rows.text, rows.memory, strict=True)]
-    student = _Reader(lm, prompts, rows.targets, rows.slots, rows.shown)
+    if isinstance(fusion, CrossAttentionFusion):
+        prompts, slots, shown = rows.text, 1, sum(rows.text)
+        before = before or (memories > 0 and _learns(fusion.blocks, fusion.norm))
+    else:
+        prompts = [text + memory for text, memory in zip(rows.text, rows.memory, strict=True)]
+        slots, shown = rows.slots, rows.shown
+    student = _Reader(lm, prompts, rows.targets, slots, shown)
     student.count(tally, "generator", flows=before or _learns(lm), checkpointing=checkpointing)
+    if isinstance(fusion, CrossAttentionFusion) and any(rows.memory):
+        _cross_attention(tally, fusion, student, max(rows.memory), flows=before or _learns(lm))
     if memories and batch["taught"] and (model.distil or model.states):
         ids = cast(Sequence[int], rows.raw)
         teacher = _Reader(lm, ids, rows.targets, 1, sum(ids), adapted=False)
         teacher.count(tally, "teacher", flows=False, learn=False)
+
+
+def _cross_attention(tally: _Tally, fusion: CrossAttentionFusion, reader: _Reader, memory: int, *, flows: bool) -> None:
+    """Every position of every row asks; keys and values are made once, of memories padded to the longest's bucket."""
+    sizes = cast(CrossAttentionConfig, fusion.config.attention)
+    padded = -(-memory // sizes.bucket) * sizes.bucket
+    blocks = [cast(CrossAttention, block) for block in fusion.blocks.values()]
+    asked = [weight for block in blocks for weight in (block.query.weight, block.output.weight)]
+    given = [weight for block in blocks for weight in (block.key.weight, block.value.weight)]
+    tally.multiply("projector", asked, reader.rows * reader.length, flows=flows)
+    tally.multiply("projector", given, reader.rows * padded, flows=flows)
+    width = sizes.heads * sizes.d_head
+    tally.attend("projector", len(blocks) * reader.rows, reader.length, padded, width, flows=flows)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, processors
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from vist_rag.compression import VistCompressor
 from vist_rag.compression.vision import tower_config
 from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, MissingDependencyError
-from vist_rag.generation import SoftPromptFusion, VistGenerator
+from vist_rag.generation import CrossAttentionFusion, SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
 from vist_rag.references import resolve
 from vist_rag.rendering import GlyphAtlas, Renderer
@@ -94,6 +94,34 @@ def fusion_config(recipe: Mapping[str, Any], sizes: ResamplerConfig, generator_w
     )
 
 
+def fresh_fusion(settings: Mapping[str, Any], config: FusionConfig, model: PreTrainedModel) -> SoftPromptFusion:
+    """The fusion that a recipe's ``[generator]`` asks for, untaught.
+
+    Args:
+        settings: ``fusion`` (a soft prompt unless it says otherwise), ``every`` and ``direct`` of cross-attention.
+        config: Its sizes.
+        model: The generator's; on the meta device, so is the fusion.
+    Raises:
+        ConfigError: If the model's layers take no cross-attention.
+    """
+    words = cast(Tensor, model.get_input_embeddings().weight)
+    meta = words.device.type == "meta"
+    with torch.device("meta") if meta else nullcontext():
+        if settings.get("fusion", "soft_prompt") == "cross_attention":
+            fusion: SoftPromptFusion = CrossAttentionFusion.for_model(
+                model,
+                config.memory_width,
+                every=settings.get("every", 1),
+                direct=settings.get("direct", True),
+                reads=config,
+            )
+        else:
+            fusion = SoftPromptFusion(config)
+    if not meta:
+        fusion.match_scale(words.detach().float())
+    return fusion
+
+
 def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, meta: bool = False) -> VistGenerator:
     """Any causal LM with a fresh fusion; with ``[generator.lora]``, adapters are put into its layers.
 
@@ -128,9 +156,7 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
                 model = cast(Any, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"[generator.lora] must be settings of peft's LoraConfig ({error}).") from error
-    fusion = SoftPromptFusion(fusion_config(recipe, sizes, words.shape[1]))
-    if not meta:
-        fusion.match_scale(words.float())
+    fusion = fresh_fusion(settings, fusion_config(recipe, sizes, words.shape[1]), model)
     return VistGenerator(model, generator.tokenizer, fusion)
 
 
@@ -219,8 +245,7 @@ def sentence_generator(
         eos_token="[SEP]",
         model_max_length=config.max_position_embeddings,
     )
-    fusion = SoftPromptFusion(fusion_config(recipe, sizes, config.hidden_size))
-    fusion.match_scale(cast(Tensor, model.get_input_embeddings().weight))
+    fusion = fresh_fusion(recipe["generator"], fusion_config(recipe, sizes, config.hidden_size), model)
     return VistGenerator(model, wrapped, fusion)
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from vist_rag.compression import PassageCompressor
 from vist_rag.compression.memory import places
 from vist_rag.errors import ConfigError
-from vist_rag.generation import PromptTemplate, VistGenerator
+from vist_rag.generation import CrossAttentionFusion, PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import merged, show, side_by_side
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
 from vist_rag.rendering import Pages
@@ -188,7 +188,7 @@ class MemoryReading(nn.Module):
         if limit is None:
             return sys.maxsize
         said = generator.count_tokens(f"{example.question}\n{example.target}")
-        if not getattr(generator.fusion, "in_context", True):  # as cross-attention
+        if not generator.fusion.in_context:
             return sys.maxsize if said + _FRAME_TOKENS <= limit else -1
         between = generator.count_tokens(self.template.memory) + generator.fusion.boundary_tokens
         return limit - _FRAME_TOKENS - said - passages * between
@@ -276,9 +276,18 @@ class MemoryReading(nn.Module):
         latents: list[Tensor] = []
         if spelt is None:
             latents = self._latents(pixel_values, patch_mask, text_ids, len(places))
-            memories = [self.fusion.read(self._generator[0], one, at) for one, at in zip(latents, places, strict=True)]
+            memories = [
+                self.fusion.looked_at(self._generator[0], one, at) for one, at in zip(latents, places, strict=True)
+            ]
         else:
             memories = [self._ideal_memory(window, at) for window, at in zip(spelt, places, strict=True)]
+        beside = {}
+        if isinstance(self.fusion, CrossAttentionFusion):
+            held = [[memories[part][0] for part in row if isinstance(part, int)] for row in segments]
+            beside = self.fusion.memory_arguments(held)
+            # Such memory takes no position, and shows nothing there that could be pointed at.
+            empty = self.fusion.boundaries, torch.full((0, 1), -1, device=self.fusion.boundaries.device)
+            memories = [empty] * len(memories)
         device = self.fusion.boundaries.device
         segments = [[part if isinstance(part, int) else part.to(device) for part in row] for row in segments]
         targets = [target.to(device) for target in targets]
@@ -310,12 +319,18 @@ class MemoryReading(nn.Module):
             logits_to_keep=last,
             output_hidden_states=taught and self.states > 0,
             **extra,
+            **beside,
         )
         logits = output.logits[:, :-1]
         told = labels != -100
         loss = (reconstruction_loss if whole else next_token_loss)(logits, labels)
         figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
         if isinstance(self.lm, PrefixBertForCausalLM):
+            if not self.fusion.in_context:  # only what was read as text can be pointed at
+                pointers = [
+                    [(part, tokens) for part, tokens in found if not isinstance(row[part], int)]
+                    for row, found in zip(segments, pointers, strict=True)
+                ]
             gold = self._gold(prompts, segments, targets, pointers, windows, places, extra["shown"])
             pointed = (output.attentions[0][:, :-1] * gold).sum(-1)[gold.any(-1)]
             if len(pointed):

@@ -30,8 +30,8 @@ TASKS: dict[str, dict[str, dict[str, Any]]] = {
 KINDS = ("vist", "text_encoder", "text_encoder_flat", "mean_pool")
 """Compressors that are compared (``vist_rag.training.baselines``)."""
 PARTS = ("tower", "resampler", "projector", "meaning", "packer", "boundaries", "generator", "embeddings", "lora")
-"""What a stage can train. ``projector`` is all of the fusion, ``generator`` all of it but its input embeddings;
-``meaning`` is resampler and projector but for what spells, so that memory is spelt as before."""
+"""What a stage can train. ``projector`` is all of the fusion (cross-attention too), ``generator`` all of it but its
+input embeddings; ``meaning`` is resampler and projector but for what spells, so that memory is spelt as before."""
 
 
 # ------------------------------------------------------------------------------------------------- what a setting is
@@ -363,6 +363,11 @@ def _check_models(recipe: Mapping[str, Any]) -> None:
 def _check_stage(stage: Mapping[str, Any], recipe: Mapping[str, Any], where: str) -> None:
     """Whether a stage has what it needs: models, data, and something to learn in every batch."""
     kind, data, parts = stage["kind"], recipe["data"], set(trained_parts(stage))
+    crossed = recipe.get("generator", {}).get("fusion") == "cross_attention"
+    if crossed and stage.get("states"):
+        raise ConfigError(f"{where}: states must be 0 with cross-attention, where memory has no position to be taught.")
+    if crossed and stage.get("ideal") and recipe["generator"].get("direct", True):
+        raise ConfigError(f"{where}: ideal must be 0 where cross-attention reads latents as they are (direct).")
     if kind == "tower" and ("start" in recipe or "base" not in recipe["generator"] or "pretrained" in recipe["tower"]):
         raise ConfigError(
             f"{where}: kind tower needs a fresh [tower] and the base of a [generator], to read its words."

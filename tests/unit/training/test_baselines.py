@@ -85,6 +85,7 @@ def recipe(start: Path, base: Path) -> dict[str, Any]:
     stage = {"name": "lexical", "kind": "lexical", "steps": STEPS, "salad": 0.5, "patches": 100, "learning_rate": 1e-3}
     return {
         "seed": 0,
+        "probe": {"measure": False},
         "start": {"checkpoint": str(start)},
         "generator": {"base": str(base)},
         "compressors": json.loads(json.dumps(COMPRESSORS)),

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
-from tests.support.causal import causal_generator
+from tests.support.causal import causal_generator, fused_generator
 from tests.support.tiny import ATLAS, tiny_compressor, tiny_generator, tiny_tokenizer
 from vist_rag.checkpoint import embedded_checkpoint, load_compressor
 from vist_rag.compression import PassageCompressor, TextCompressor, VistCompressor
@@ -83,6 +83,8 @@ def batch_of(model: MemoryReading, *, raw: bool = False) -> dict[str, Any]:
 
 def pair(family: str) -> tuple[PassageCompressor, VistGenerator]:
     """A tiny pair; or the one that ships, as what an untaught one spells is noise."""
+    if family.startswith("crossed "):
+        return tiny_compressor(), fused_generator(family.removeprefix("crossed "), "cross_attention")
     if family != "embedded":
         return tiny_compressor(), causal_generator(family)
     directory = embedded_checkpoint()
@@ -102,6 +104,9 @@ CASES: dict[str, tuple[str, Sequence[str], dict[str, Any]]] = {
     "distilled": ("llama", ("resampler", "projector"), {"distil": 1.0}),
     "boundaries alone": ("gpt2", ("boundaries",), {}),
     "of few latents": ("llama", ("resampler", "projector"), {"rates": {0.25: 1.0}}),
+    "cross-attention in a frozen generator": ("crossed llama", ("resampler", "projector"), {"distil": 1.0}),
+    "cross-attention with pve": ("crossed qwen3", ("resampler", "projector"), {"pve": PVE}),
+    "cross-attention in a generator that learns": ("crossed llama", ("projector", "generator"), {"rates": {0.25: 1.0}}),
     "one that copies": ("embedded", ("resampler", "projector"), {}),
     "one that copies, and learns": ("embedded", ("projector", "generator"), {"distil": 1.0, "states": 1.0}),
     "ideal memory": ("embedded", ("projector", "generator"), {"ideal": 1.0, "distil": 1.0}),

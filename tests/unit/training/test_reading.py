@@ -434,7 +434,7 @@ def test_memory_outside_of_the_context_keeps_its_latents() -> None:
     passages = tuple(Passage("the lake " * 400, title="bridge") for _ in range(3))
     long = Example(passages, "when was it", "in 1867", raw=False)
     assert any(int(at[-1]) + 1 < len(at) for at in model.batch([long], random.Random(0))["places"])
-    model.fusion.in_context = False  # type: ignore[assignment]  # as cross-attention's is
+    model.fusion.in_context = False  # as cross-attention's is
     assert all(int(at[-1]) + 1 == len(at) for at in model.batch([long], random.Random(0))["places"])
     model.lm.config.max_position_embeddings = 20  # its text must fit all the same
     with pytest.raises(ConfigError, match=r"examples must fit 20 positions .* got 1 that do not"):

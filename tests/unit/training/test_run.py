@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CLIPModel
 
-import vist_rag.generation
 from tests.support.cli import WordEmbedder
 from tests.support.tiny import tiny_compressor, tiny_generator, tiny_tokenizer
 from tests.support.training import (
@@ -120,8 +119,6 @@ def answer(model: Path) -> str:
 
 @pytest.mark.parametrize("fusion", ["soft_prompt", "cross_attention"])
 def test_a_pair_learns_what_comes_next(folder: Path, tmp_path: Path, fusion: str) -> None:
-    if fusion == "cross_attention" and not hasattr(vist_rag.generation, "CrossAttentionFusion"):
-        pytest.skip("cross-attention is not in this version")
     recipe = pair_recipe(folder / "tower", folder / "lm", stage("lm", pve=PVE, train=["resampler", "projector"]))
     recipe["data"] = {"text": ["texts.jsonl"], "sequence": [60, 9]}
     recipe["generator"]["fusion"] = fusion

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from inspect import signature
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from vist_rag.compression import VisualMemory
 from vist_rag.compression.text import read_ids
@@ -106,6 +107,10 @@ class SoftPromptFusion(nn.Module):
         config: Widths, and the compressor whose memories this was trained for.
     """
 
+    kind: ClassVar[str] = "soft_prompt"
+    in_context: ClassVar[bool] = True
+    """Whether memory takes positions of the generator's context."""
+
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
         self.config = config
@@ -143,12 +148,16 @@ class SoftPromptFusion(nn.Module):
         last = cast(nn.Linear, self.projector[-1])
         last.weight.mul_(embeddings.std() / probe.std())
         last.bias.zero_()
-        self.boundaries.mul_(embeddings.std() / self.boundaries.std())
+        if len(self.boundaries):
+            self.boundaries.mul_(embeddings.std() / self.boundaries.std())
 
     @property
     def boundary_tokens(self) -> int:
         """Positions that each memory takes beside those of its latents."""
         return len(self.boundaries)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Make a model ready for memory: nothing is needed where memory stands in the prompt."""
 
     def bind(self, fingerprint: str) -> None:
         """Take memories of this compressor only, from now on."""
@@ -186,6 +195,12 @@ class SoftPromptFusion(nn.Module):
         """
         return self.read_many(generator, [(latents, places)])[0]
 
+    def looked_at(
+        self, generator: VistGenerator, latents: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What enters the generator of one memory, and the tokens that it shows: as :meth:`read` gives them."""
+        return self.read(generator, latents, places)
+
     def read_many(
         self, generator: VistGenerator, memories: Sequence[tuple[Tensor, Tensor | None]]
     ) -> list[tuple[Tensor, Tensor]]:
@@ -220,7 +235,7 @@ class SoftPromptFusion(nn.Module):
         """As :meth:`join`, without the boundaries: ``[m, d_llm]``."""
         if self.speller is not None or self.config.tokens:
             there, (centre, spread) = shown >= 0, self._centre_and_spread(words)
-            named = (words[shown.clamp(min=0)] - centre) * there[..., None]
+            named = ((words[shown.clamp(min=0)] - centre) * there[..., None]).to(meaning.dtype)
             meaning = meaning + named.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
             if self.packer is not None:
                 meaning = meaning + self.packer(named, there, spread)
@@ -338,19 +353,20 @@ class SoftPromptFusion(nn.Module):
             soft, shown = next(read) if isinstance(part, VisualMemory) else (table(part), part[:, None])
             return soft.to(table.weight.dtype), shown
 
-        rows = [list(map(embedded, row)) for row in parts]
+        nothing = table.weight.new_zeros(0, table.weight.shape[1]), torch.full((0, 1), -1, device=table.weight.device)
+        rows = [list(map(embedded, row)) or [nothing] for row in parts]
         return [(torch.cat([soft for soft, _ in row]), side_by_side([shown for _, shown in row])) for row in rows]
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps({"fusion": "soft_prompt", **asdict(self.config)}, indent=2))
+        (directory / "config.json").write_text(json.dumps({"fusion": self.kind, **asdict(self.config)}, indent=2))
         state = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, str(directory / "model.safetensors"), metadata={"format": "pt"})
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> SoftPromptFusion:
+    def from_pretrained(cls, directory: str | Path) -> Self:
         """Read what ``save_pretrained`` wrote.
 
         Raises:
@@ -360,8 +376,8 @@ class SoftPromptFusion(nn.Module):
         try:
             fields = json.loads((directory / "config.json").read_text())
             kind = fields.pop("fusion")
-            if kind != "soft_prompt":
-                raise CheckpointError(f"fusion in {directory} must be 'soft_prompt', got {kind!r}.")
+            if kind != cls.kind:
+                raise CheckpointError(f"fusion in {directory} must be {cls.kind!r}, got {kind!r}.")
             fusion = cls(FusionConfig(**fields))
             fusion.load_state_dict(load_file(str(directory / "model.safetensors")))
         except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
