@@ -62,10 +62,17 @@ class VistRAG(VistReader):
         device: str | None = None,
         guard: GuardMode = "on",
         generator: VistGenerator | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """As :meth:`VistReader.from_pretrained`, over an index."""
         return super().from_pretrained(
-            checkpoint, index=index, budget=budget, device=device, guard=guard, generator=generator
+            checkpoint,
+            index=index,
+            budget=budget,
+            device=device,
+            guard=guard,
+            generator=generator,
+            quantize=quantize,
         )
 
     def answer(self, question: str, *, budget: Budget | None = None) -> Answer:

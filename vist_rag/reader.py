@@ -198,6 +198,7 @@ class VistReader:
         device: str | None = None,
         guard: GuardMode = "on",
         generator: VistGenerator | None = None,
+        quantize: str | None = None,
     ) -> Self:
         """Load compressor, generator and fusion from one directory.
 
@@ -210,10 +211,12 @@ class VistReader:
             device: None means cuda, then mps, then cpu.
             guard: As above; what the compressor misreads stands in ``compressor/fidelity.json``.
             generator: In the place of the checkpoint's, such as a ``RemoteGenerator`` with the same fusion.
+            quantize: ``"4bit"``: the generator's layers in 4 bits (extra ``bnb``).
         Raises:
             CheckpointError: If something is missing or cannot be read, or a model that is referred to was changed.
-            ConfigError: If the guard is to be strict, and the checkpoint has no such file.
-            MissingDependencyError: If the generator has a LoRA adapter and peft is not installed.
+            ConfigError: If the guard is to be strict, and the checkpoint has no such file; if ``quantize`` cannot be.
+            MissingDependencyError: If the generator has a LoRA adapter and peft is not installed, or if ``quantize`` is
+                set and bitsandbytes is not.
         """
         directory = find_checkpoint(checkpoint)
         settings = read_settings(directory)
@@ -229,7 +232,9 @@ class VistReader:
             index=index,
             compressor=compressor,
             generator=generator
-            or VistGenerator.from_pretrained(directory / "generator", fusion=directory / "fusion", device=device),
+            or VistGenerator.from_pretrained(
+                directory / "generator", fusion=directory / "fusion", device=device, quantize=quantize
+            ),
             budget=budget or own,
             template=template,
             max_new_tokens=settings.get("max_new_tokens", 32),

@@ -59,7 +59,8 @@ def test_every_dependency_has_a_pin_that_its_range_allows(pyproject: dict[str, A
 
 def test_all_is_every_extra_that_a_user_needs(pyproject: dict[str, Any]) -> None:
     extras = pyproject["project"]["optional-dependencies"]
-    assert extras["all"] == [f"vist-rag[{','.join(sorted(set(extras) - {'all', 'dev', 'docs', 'llmlingua'}))}]"]
+    apart = {"all", "dev", "docs", "llmlingua", "bnb"}  # bitsandbytes has no wheel for every machine
+    assert extras["all"] == [f"vist-rag[{','.join(sorted(set(extras) - apart))}]"]
 
 
 def test_no_file_points_outside_the_repository() -> None:

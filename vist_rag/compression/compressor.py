@@ -336,12 +336,12 @@ class VistCompressor(PassageCompressor):
 
         Args:
             tower: A hub id or local path (pretrained weights are loaded), a loaded model, or a config (fresh weights).
-            atlas: The glyphs to render with.
+            atlas: The glyphs to render with, as they are, in the middle of the tower's patches.
             renderer: Sizes of a page; None takes them from the tower.
             resampler: Sizes of the memory.
         Raises:
             CheckpointError: If the tower's weights cannot be loaded.
-            ConfigError: If the tower has no patches, or its sizes are not the renderer's.
+            ConfigError: If the tower has no patches, or lower ones than glyphs, or its sizes are not the renderer's.
         """
         model = _pretrained_tower(tower)
         vision = tower_config(model.config if model is not None else tower)  # type: ignore[arg-type]
@@ -350,6 +350,7 @@ class VistCompressor(PassageCompressor):
             patch_size_px=int(vision.patch_size),
             channels=int(vision.num_channels),
         )
+        atlas = atlas.on_strip(renderer.patch_size_px)
         config = VistConfig(
             renderer=asdict(renderer),
             tower=vision.to_dict(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from vist_rag.errors import ConfigError
+
+_NAFLEX = "siglip2_vision_model"
 
 
 def tower_config(source: str | Path | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
@@ -33,6 +36,8 @@ def tower_config(source: str | Path | dict[str, Any] | PreTrainedConfig) -> PreT
     else:
         config = AutoConfig.from_pretrained(source)
     config = getattr(config, "vision_config", config)
+    if config.model_type == _NAFLEX:
+        _set_image_size(config)
     if not hasattr(config, "patch_size") or not hasattr(config, "image_size"):
         raise ConfigError(
             f"tower must be a vision transformer with patches (ViT, CLIP, SigLIP), got {config.model_type}."
@@ -40,11 +45,23 @@ def tower_config(source: str | Path | dict[str, Any] | PreTrainedConfig) -> PreT
     return config
 
 
+def _set_image_size(config: PreTrainedConfig) -> None:
+    """NaFlex says how many patches it has positions for, as a square: that is its page."""
+    side = isqrt(config.num_patches)
+    size = side * config.patch_size
+    if side**2 != config.num_patches or getattr(config, "image_size", size) != size:
+        raise ConfigError(
+            f"tower must have positions for a square page, got num_patches {config.num_patches} of {config.patch_size} "
+            f"pixels and image_size {getattr(config, 'image_size', None)}; give both, or num_patches alone."
+        )
+    config.image_size = size
+
+
 class VisionTower(nn.Module):
     """Runs the parts of a ViT-shaped tower one by one, so that blank patches cost and change nothing.
 
-    Towers of the shape *embeddings, layers, final norm* work: ViT, CLIP, SigLIP, SigLIP2 of fixed resolution, DINO-like
-    models that keep these names.
+    Towers of the shape *embeddings, layers, final norm* work: ViT, CLIP, SigLIP and SigLIP2 (of fixed resolution or
+    NaFlex), DINOv2, and others that keep these names.
 
     Args:
         model: The tower; anything before the patches (CLS, registers) is kept, and always attended to.
@@ -97,7 +114,7 @@ class VisionTower(nn.Module):
         core, last = self.core, len(self.layers)
         wanted = [i if i >= 0 else last + 1 + i for i in (range(last + 1) if read is None else read)]
         shortest, longest = (max(1, int(n)) for n in mask.sum(1).aminmax())  # asked one by one: counting answers that
-        states = core.embeddings(pixel_values.to(self.model.dtype))
+        states = self.embed(pixel_values.to(self.model.dtype))
         special = states.shape[1] - mask.shape[1]
         states = states[:, : special + longest]
         is_clip = hasattr(core, "pre_layrnorm")  # the name is spelt so there
@@ -116,6 +133,26 @@ class VisionTower(nn.Module):
             hidden[last] = final_norm(hidden[last])
         return [hidden[number][:, special:] for number in wanted]
 
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Patches with their positions, behind what the tower puts before them.
+
+        Args:
+            pixel_values: float ``[p, c, size, size]``.
+        Returns:
+            float ``[p, special + s, d_v]``.
+        """
+        embeddings = self.core.embeddings
+        if self.model.config.model_type != _NAFLEX:
+            embedded: Tensor = embeddings(pixel_values)
+            return embedded
+        # It takes patches in the place of pages, channels last. Pages are as large as its table of positions, so there
+        # is nothing to resize.
+        size = embeddings.patch_size
+        patches = pixel_values.unfold(2, size, size).unfold(3, size, size)  # [p, c, h, w, size, size]
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [p, s, size * size * c]
+        placed: Tensor = embeddings.patch_embedding(patches) + embeddings.position_embedding.weight
+        return placed
+
 
 def _bias(mask: Tensor, special: int, dtype: torch.dtype) -> Tensor:
     """What is added to the scores of attention: bool ``[p, s]`` -> ``[p, 1, special + s, special + s]``."""
@@ -125,4 +162,5 @@ def _bias(mask: Tensor, special: int, dtype: torch.dtype) -> Tensor:
 
 
 def _layers(core: nn.Module) -> nn.ModuleList | None:
-    return getattr(core, "layers", None) or getattr(getattr(core, "encoder", None), "layers", None)
+    encoder = getattr(core, "encoder", None)
+    return getattr(core, "layers", None) or getattr(encoder, "layers", None) or getattr(encoder, "layer", None)

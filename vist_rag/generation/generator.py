@@ -24,6 +24,7 @@ from vist_rag.generation.fusion import MEMORY_ARGUMENTS, SoftPromptFusion, load_
 from vist_rag.generation.int8 import is_int8, load_int8
 from vist_rag.generation.prefix_cache import PrefixCache
 from vist_rag.generation.prompt import MemorySegment, Message, Prompt, Segment, TemplateSegment, TextSegment
+from vist_rag.generation.quantized import in_four_bits, settled
 from vist_rag.generation.referenced import is_referenced, load_referenced
 from vist_rag.generation.streaming import Pieces, StopAt, holds_any, until
 
@@ -98,6 +99,7 @@ class VistGenerator:
         fusion: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> VistGenerator:
         """Load a generator and, where given, the fusion that was trained for it.
@@ -106,21 +108,27 @@ class VistGenerator:
             model: Hub id or local directory of a causal LM, or a checkpoint's directory that refers to one.
             fusion: Directory that a fusion's ``save_pretrained`` wrote.
             device: None means cuda, then mps, then cpu.
-            dtype: Of the weights; None means bf16 on cuda and float32 elsewhere.
+            dtype: Of the weights; None means bf16 on cuda and where ``quantize`` is set, and float32 elsewhere.
+            quantize: ``"4bit"``: layers in 4 bits, which multiply in ``dtype`` (extra ``bnb``); they cannot be trained.
             prefix_cache_bytes: What is kept of how prompts begin.
         Raises:
             CheckpointError: If the model cannot be loaded, or the one that is referred to is missing or was changed.
-            MissingDependencyError: If it has a LoRA adapter and peft is not installed.
+            ConfigError: If ``quantize`` is unknown, or cannot be had on this device or of this checkpoint.
+            MissingDependencyError: If it has a LoRA adapter and peft is not installed, or if ``quantize`` is set and
+                bitsandbytes is not.
         """
         device = torch.device(device) if device is not None else best_device()
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" or quantize else torch.float32)
+        fewer_bits = in_four_bits(quantize, dtype, device)
         try:
             if is_referenced(model):
-                lm = load_referenced(Path(model), dtype)
+                lm = load_referenced(Path(model), dtype, **fewer_bits)
             elif is_int8(model):
+                if fewer_bits:
+                    raise ConfigError("quantize must be None for weights that are stored as int8 rows, got '4bit'.")
                 lm = load_int8(Path(model), dtype)
             else:
-                lm = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype)
+                lm = settled(AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, **fewer_bits))
             tokenizer = AutoTokenizer.from_pretrained(str(model))
         except VistError:
             raise
@@ -206,7 +214,7 @@ class VistGenerator:
         marks = [f"{_PLACEHOLDER}{i}{_PLACEHOLDER}" for i in range(len(messages))]
         chat = [{"role": m.role, "content": mark} for m, mark in zip(messages, marks, strict=True)]
         try:
-            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            text = _in_template(self.tokenizer, chat)
         except Exception as error:  # Jinja's own, or what a template raises
             roles = ", ".join(message.role for message in messages)
             raise InputError(f"The generator's chat template refuses messages of {roles} ({error}).") from error
@@ -413,16 +421,31 @@ class VistGenerator:
 
 def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     if getattr(tokenizer, "chat_template", None):
-        message = [{"role": "user", "content": _PLACEHOLDER}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = _in_template(tokenizer, [{"role": "user", "content": _PLACEHOLDER}])
         before, _, after = text.partition(_PLACEHOLDER)
         return (
             tokenizer(before, add_special_tokens=False).input_ids,
             tokenizer(after, add_special_tokens=False).input_ids,
         )
+    return _opening(tokenizer), []
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     special = takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
-    return [token for token, _ in special], []
+    return [token for token, _ in special]
+
+
+def _in_template(tokenizer: Any, chat: list[dict[str, str]]) -> str:
+    """A conversation in the words of the chat template, to be tokenized without special tokens of the tokenizer's own.
+
+    Some templates write the beginning of sequence (Gemma, Llama-3), others leave it to the tokenizer (TinyLlama): it
+    stands there once.
+    """
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    opening = "".join(tokenizer.convert_ids_to_tokens(_opening(tokenizer)))
+    return text if text.lstrip().startswith(opening) else opening + text
 
 
 def _said_by_user(messages: Sequence[Message]) -> list[Message]:

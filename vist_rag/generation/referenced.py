@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from vist_rag.errors import CheckpointError, ConfigError, MissingDependencyError
+from vist_rag.generation.quantized import settled, was_quantized
 from vist_rag.references import Reference
 
 REFERENCE_FILE = "reference.json"
@@ -43,7 +44,11 @@ def check_generator(model: PreTrainedModel, reference: Reference) -> Reference:
             if name not in key.split(".")
         }
     reference = replace(reference, dtype=str(base.dtype).removeprefix("torch."))
-    reference.check("generator", weights, _load_base(reference, base.config, base.dtype).state_dict())
+    theirs = _load_base(reference, _config(base), base.dtype).state_dict()
+    if was_quantized(base):  # layers in 4 bits cannot be trained: what stands beside them is compared
+        theirs = {name: tensor for name, tensor in theirs.items() if weights[name].dtype == tensor.dtype}
+        weights = {name: weights[name] for name in theirs}
+    reference.check("generator", weights, theirs)
     return reference
 
 
@@ -58,7 +63,7 @@ def save_referenced(model: PreTrainedModel, reference: Reference, directory: Pat
     directory.mkdir(parents=True, exist_ok=True)
     remove_reference(directory)
     base = _base(model)
-    base.config.save_pretrained(directory)
+    _config(base).save_pretrained(directory)
     if base.generation_config is not None:
         base.generation_config.save_pretrained(directory)
     adapter = _has_adapter(model)
@@ -106,6 +111,14 @@ def _base(model: Any) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if _has_adapter(model) else model)
 
 
+def _config(base: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the weights as they are stored."""
+    config: PreTrainedConfig = copy.deepcopy(base.config)
+    if was_quantized(base):
+        del config.quantization_config
+    return config
+
+
 def _adapter_name(model: Any) -> str:
     names = list(model.peft_config)
     if len(names) != 1 or not hasattr(model, "merge_and_unload"):
@@ -122,11 +135,16 @@ def is_referenced(directory: str | Path) -> bool:
     return (Path(directory) / REFERENCE_FILE).is_file()
 
 
-def load_referenced(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_referenced(directory: Path, dtype: torch.dtype, **fewer_bits: Any) -> PreTrainedModel:
     """Read what ``save_referenced`` wrote, as one model: the referenced weights with the adapter merged into them.
 
+    Args:
+        directory: Where it wrote.
+        dtype: Of the result.
+        **fewer_bits: As ``in_four_bits`` gives them.
     Raises:
         CheckpointError: If the referenced model is missing, was changed or does not fit, or the adapter is torn.
+        ConfigError: If an adapter is to be merged into weights in 4 bits.
         MissingDependencyError: If there is an adapter and peft is not installed.
     """
     path = directory / REFERENCE_FILE
@@ -136,25 +154,33 @@ def load_referenced(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise CheckpointError(f"{path} cannot be read ({error}); restore it.") from error
     reference = Reference.read(fields, path)
     adapter = bool(fields.get("adapter"))
+    if fewer_bits and adapter:
+        raise ConfigError("quantize must be None for a generator with a LoRA adapter, which is merged, got '4bit'.")
     # float32 holds whatever is stored elsewhere exactly, so nothing was rounded.
     as_asked = reference.dtype in (None, "float32") and not adapter
     trained = dtype if as_asked else cast(torch.dtype, getattr(torch, reference.dtype or "float32"))
-    model = _load_base(reference, AutoConfig.from_pretrained(directory), trained)
-    if adapter:
-        _cast(model, torch.promote_types(trained, dtype))  # the sum is rounded once
-        model = _merge(model, directory / ADAPTER)
-    _cast(model, dtype)
+    config = AutoConfig.from_pretrained(directory)
+    if fewer_bits:
+        model = settled(_load_base(reference, config, dtype, **fewer_bits))
+    else:
+        model = _load_base(reference, config, trained)
+        if adapter:
+            _cast(model, torch.promote_types(trained, dtype))  # the sum is rounded once
+            model = _merge(model, directory / ADAPTER)
+        _cast(model, dtype)
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
 
 
-def _load_base(reference: Reference, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _load_base(
+    reference: Reference, config: PreTrainedConfig, dtype: torch.dtype, **fewer_bits: Any
+) -> PreTrainedModel:
     directory = reference.directory()
     loaded: Any
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            str(directory), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            str(directory), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **fewer_bits
         )
     except Exception as error:  # torn, or of another architecture: each raises a class of its own
         raise CheckpointError(f"generator {reference.id} cannot be loaded ({error}); restore it.") from error

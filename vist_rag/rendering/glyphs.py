@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -88,6 +88,21 @@ class GlyphAtlas:
         ids, places = self.lookup(codepoints), np.arange(len(codepoints))
         nothing = np.zeros(len(ids), np.int32)
         return Glyphs(ids, self.advances[ids], nothing, places, places + 1, nothing.astype(np.uint8))
+
+    def on_strip(self, height_px: int) -> GlyphAtlas:
+        """The same pictures in the middle of a higher strip, for a tower whose patches are higher.
+
+        Raises:
+            ConfigError: If the strip is lower than the pictures.
+        """
+        height = self.ink.shape[1]
+        if height_px < height:
+            raise ConfigError(
+                f"patch_size_px must be {height} or more (height of this atlas), got {height_px}; build a lower one "
+                "with GlyphAtlas.from_font(..., height_px=...)."
+            )
+        above = (height_px - height) // 2
+        return replace(self, ink=torch.nn.functional.pad(self.ink, (0, 0, above, height_px - height - above)))
 
     def save(self, path: str | Path) -> None:
         """Write the atlas as one safetensors file, whole or not at all."""

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from vist_rag.checkpoint import find_checkpoint, load_compressor
@@ -22,6 +21,7 @@ from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
 from vist_rag.generation import SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.words import word_embeddings
 from vist_rag.training.parts import atlas, base_model, fresh_fusion, plain
 from vist_rag.training.recipe import override
 from vist_rag.training.run import RecipeRun
@@ -134,7 +134,7 @@ class BaselineRun(ContinuedRun):
             window = compressor.window
             config = replace(config, spelling=0, spelling_width=window * DIGITS, tokens=window)
         fusion = SoftPromptFusion(config)
-        fusion.match_scale(cast(Tensor, generator.model.get_input_embeddings().weight))
+        fusion.match_scale(word_embeddings(generator.model))
         fusion.boundaries.data.copy_(old.boundaries)  # the generator knows these
         if fusion.packer is not None and old.packer is not None:
             fusion.packer.load_state_dict(old.packer.state_dict())
@@ -156,7 +156,7 @@ class BaselineRun(ContinuedRun):
             )
         tokenizer, old_ids = self.tokenizer()
         if kind == "mean_pool":
-            encoder: Any = cast(Tensor, generator.model.get_input_embeddings().weight).detach()
+            encoder: Any = word_embeddings(generator.model).detach()
         else:
             encoder = _text_encoder(base_model(self.recipe["generator"]["base"]), old_ids)
         return TextCompressor.build(

@@ -19,6 +19,7 @@ from vist_rag.errors import ConfigError
 from vist_rag.fidelity import FIDELITY_FILE
 from vist_rag.generation import VistGenerator
 from vist_rag.generation.int8 import save_int8
+from vist_rag.generation.quantized import was_quantized
 from vist_rag.generation.referenced import check_generator, merged, remove_reference, save_referenced
 from vist_rag.references import Reference
 
@@ -50,7 +51,8 @@ def save_checkpoint(
             adapter are stored.
     Raises:
         CheckpointError: If a referenced model is missing or was changed.
-        ConfigError: If a part is not what its reference says, or the compressor has no vision tower.
+        ConfigError: If a part is not what its reference says, the compressor has no vision tower, or a generator in 4
+            bits has no reference.
     """
     directory = Path(directory)
     compressor.eval()
@@ -63,6 +65,8 @@ def save_checkpoint(
         tower = check_tower(cast(VisionTower, compressor.tower).model, tower)
     if generator_base is not None:
         generator_base = check_generator(generator.model, generator_base)
+    elif was_quantized(generator.model):
+        raise ConfigError("generator_base must name where the weights of a generator in 4 bits are, got None.")
     _save_compressor(compressor, tower, directory / "compressor")
     _save_generator(generator, generator_base, directory / "generator", int8=int8)
     fusion = generator.fusion

@@ -189,12 +189,12 @@ def _tower(tally: _Tally, tower: nn.Module, pages: int, patches: int, page_patch
     """A tower on pages whose longest text takes so many patches."""
     learns, model = _learns(tower), cast(Any, tower).model
     if isinstance(tower, VisionTower):
-        embeddings = tower.core.embeddings
         config = model.config
         shape = (1, config.num_channels, config.image_size, config.image_size)
         with torch.no_grad():
-            begins = embeddings(torch.zeros(shape, device=model.device, dtype=model.dtype)).shape[1] - page_patches
-        pixels = [weight for weight in embeddings.parameters() if weight.ndim == 4]
+            begins = tower.embed(torch.zeros(shape, device=model.device, dtype=model.dtype)).shape[1] - page_patches
+        parts = tower.core.embeddings.modules()
+        pixels = [part.weight for part in parts if isinstance(part, nn.Conv2d | nn.Linear)]
         tally.multiply("tower", pixels, pages * page_patches, flows=False)
         positions, matrices = begins + patches, _matrices(tower.layers)
     elif cast(TextTower, tower).model is not None:

@@ -21,6 +21,7 @@ from vist_rag.config import FusionConfig, RendererConfig, ResamplerConfig
 from vist_rag.errors import CheckpointError, ConfigError, MissingDependencyError
 from vist_rag.generation import CrossAttentionFusion, SoftPromptFusion, VistGenerator
 from vist_rag.generation.prefix_bert import PrefixBertConfig, PrefixBertForCausalLM
+from vist_rag.generation.words import word_embeddings
 from vist_rag.references import resolve
 from vist_rag.rendering import GlyphAtlas, Renderer
 from vist_rag.retrieval.embedder import DEFAULT_MODEL, offline_files
@@ -65,7 +66,7 @@ def build_compressor(recipe: Mapping[str, Any], *, meta: bool = False) -> VistCo
             raise CheckpointError(f"tower {pretrained} cannot be loaded ({error}); check the name.") from error
     with torch.device("meta"):
         sizes = cast(SizesOfCompressor, SizesOfCompressor.build(source, glyphs, renderer=renderer, resampler=resampler))
-    sizes.pages = Renderer(glyphs, sizes.renderer_config)
+    sizes.pages = Renderer(glyphs.on_strip(sizes.renderer_config.patch_size_px), sizes.renderer_config)
     return sizes
 
 
@@ -104,8 +105,7 @@ def fresh_fusion(settings: Mapping[str, Any], config: FusionConfig, model: PreTr
     Raises:
         ConfigError: If the model's layers take no cross-attention.
     """
-    words = cast(Tensor, model.get_input_embeddings().weight)
-    meta = words.device.type == "meta"
+    meta = model.device.type == "meta"
     with torch.device("meta") if meta else nullcontext():
         if settings.get("fusion", "soft_prompt") == "cross_attention":
             fusion: SoftPromptFusion = CrossAttentionFusion.for_model(
@@ -118,7 +118,7 @@ def fresh_fusion(settings: Mapping[str, Any], config: FusionConfig, model: PreTr
         else:
             fusion = SoftPromptFusion(config)
     if not meta:
-        fusion.match_scale(words.detach().float())
+        fusion.match_scale(word_embeddings(model).detach().float())
     return fusion
 
 
@@ -132,10 +132,11 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
     Raises:
         CheckpointError: If the model is missing or cannot be read.
         ConfigError: If the dtype is unknown, or peft refuses the adapter's settings.
-        MissingDependencyError: If adapters are asked for and peft is missing.
+        MissingDependencyError: If adapters are asked for and peft is missing, or 4 bits and bitsandbytes.
     """
     settings = recipe["generator"]
-    name = settings.get("dtype", "float32")
+    quantize = settings.get("quantize")
+    name = settings.get("dtype", "bfloat16" if quantize else "float32")
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"dtype must be one of float32, bfloat16, float16, got {name!r}.")
@@ -143,9 +144,9 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
     if meta:
         generator = _sizes_of_generator(directory, dtype)
     else:
-        generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype)
+        generator = VistGenerator.from_pretrained(directory, device="cpu", dtype=dtype, quantize=quantize)
     model = generator.model
-    words = cast(Tensor, model.get_input_embeddings().weight)
+    width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
     if lora := settings.get("lora"):
         try:
             from peft import LoraConfig, get_peft_model
@@ -156,7 +157,7 @@ def pretrained_generator(recipe: Mapping[str, Any], sizes: ResamplerConfig, *, m
                 model = cast(Any, get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"[generator.lora] must be settings of peft's LoraConfig ({error}).") from error
-    fusion = fresh_fusion(settings, fusion_config(recipe, sizes, words.shape[1]), model)
+    fusion = fresh_fusion(settings, fusion_config(recipe, sizes, width), model)
     return VistGenerator(model, generator.tokenizer, fusion)
 
 

@@ -22,6 +22,7 @@ from vist_rag.errors import ConfigError
 from vist_rag.generation import CrossAttentionFusion, PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import merged, show, side_by_side
 from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.words import embedding_scale
 from vist_rag.rendering import Pages
 from vist_rag.training.examples import RECONSTRUCT, Example, misspell
 from vist_rag.training.lexical import pack, pieces_of_pages
@@ -475,9 +476,9 @@ class MemoryReading(nn.Module):
         device = self.fusion.boundaries.device
         pieces, latents, n = window
         shown = show(pieces, places[latents], int(places[-1]) + 1).to(device)
-        words = cast(Tensor, self.lm.get_input_embeddings().weight).detach()
-        meaning = pack(words[pieces.to(device)], latents.to(device), n, words.mean(0))
-        return self.fusion.join(merged(meaning, places.to(device)), shown, words), self.fusion.between(shown)
+        words, scale = cast(Tensor, self.lm.get_input_embeddings().weight).detach(), embedding_scale(self.lm)
+        meaning = pack(words[pieces.to(device)], latents.to(device), n, words.mean(0)) * scale
+        return self.fusion.join(merged(meaning, places.to(device)), shown, words, scale), self.fusion.between(shown)
 
     def _latents(self, pixel_values: Tensor, patch_mask: Tensor, text_ids: Tensor, texts: int) -> list[Tensor]:
         """The latents of each text, float ``[n, d]``."""

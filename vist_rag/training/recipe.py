@@ -186,6 +186,7 @@ _RECIPE: dict[str, Any] = {
         "pretrained": _TEXT,
         "revision": _TEXT,
         "dtype": _one_of("float32", "bfloat16", "float16"),
+        "quantize": _one_of("4bit"),
         "vocabulary": _COUNT,
         "projector_width": _COUNT,
         "spelling": _WHOLE,
@@ -352,12 +353,16 @@ def _check_models(recipe: Mapping[str, Any]) -> None:
         _require(recipe["compressor"], _RECIPE["compressor"], ("kind",), "recipe, compressor")
     if "start" in recipe:
         _require(recipe["start"], _RECIPE["start"], ("checkpoint",), "recipe, start")
+        if "quantize" in recipe.get("generator", {}):
+            raise ConfigError("recipe, generator: quantize must be left out where [start] names a checkpoint.")
         return
     generator = recipe["generator"]
     if ("base" in generator) == ("pretrained" in generator):
         raise ConfigError("recipe, generator: set either pretrained (a causal LM) or base (a sentence encoder).")
     if "base" in generator:
         _require(generator, _RECIPE["generator"], ("vocabulary",), "recipe, generator")
+        if "quantize" in generator:
+            raise ConfigError("recipe, generator: quantize must be left out where base is set; it needs pretrained.")
 
 
 def _check_stage(stage: Mapping[str, Any], recipe: Mapping[str, Any], where: str) -> None:
@@ -374,6 +379,10 @@ def _check_stage(stage: Mapping[str, Any], recipe: Mapping[str, Any], where: str
         )
     if "lora" in parts and ("start" in recipe or "lora" not in recipe["generator"]):
         raise ConfigError(f"{where}: train must name lora only where [generator.lora] sets adapters up.")
+    if "quantize" in recipe.get("generator", {}) and (whole := parts & {"generator", "embeddings"}):
+        raise ConfigError(
+            f"{where}: train must not name {min(whole)} of a generator in 4 bits; train lora or leave it."
+        )
     if (kind == "lm") != ("sequence" in data):
         raise ConfigError(
             f"{where}: kind lm, and no other, needs [data] sequence = [4096, 512] (tokens as memory, and to be told)."

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
 from vist_rag.compression import PassageCompressor
@@ -23,6 +23,7 @@ from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.config import RendererConfig
 from vist_rag.errors import MissingDependencyError
 from vist_rag.generation import VistGenerator, best_device
+from vist_rag.generation.words import word_embeddings
 from vist_rag.references import Reference, resolve
 from vist_rag.rendering import Renderer
 from vist_rag.training.answers import own_answers
@@ -232,7 +233,7 @@ class RecipeRun:
 
     def _lexical_stage(self, stage: Mapping[str, Any], directory: Path, before: Path | None) -> None:
         compressor, generator = self.parts()
-        words = cast(Tensor, generator.model.get_input_embeddings().weight).float()
+        words = word_embeddings(generator.model).float()
         heads = None
         if stage.get("reading"):
             heads = TowerReading(cast(VisionTower, compressor.tower), words.detach().float())

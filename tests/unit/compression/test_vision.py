@@ -8,13 +8,15 @@ from transformers import (
     BertConfig,
     CLIPConfig,
     CLIPVisionConfig,
-    Dinov2Config,
+    DINOv3ViTConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    SiglipVisionConfig,
+    Siglip2Config,
+    Siglip2VisionConfig,
     ViTConfig,
 )
 
+from tests.support.towers import SPECIAL, TOWERS, own_states, tower_model, tower_sizes
 from vist_rag.compression.vision import VisionTower, tower_config
 from vist_rag.errors import ConfigError
 
@@ -27,28 +29,28 @@ SIZES = {
     "patch_size": 7,
     "num_channels": 3,
 }
-PATCHES = 16
-CONFIGS = {"vit": ViTConfig, "clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
-SPECIAL = {"vit": 1, "clip": 1, "siglip": 0}
+SIDE = 4
+PATCHES = SIDE**2
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=TOWERS)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=[14, 16])
+def patch(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-def model(kind: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = AutoModel.from_config(CONFIGS[kind](**SIZES)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases too: at 1 and 0 they would hide what is left out
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+def model(kind: str, patch: int) -> PreTrainedModel:
+    return tower_model(kind, patch_size=patch, side=SIDE)
 
 
-def pixels(pages: int, seed: int = 1) -> Tensor:
-    return torch.randn(pages, 3, 28, 28, generator=torch.Generator().manual_seed(seed))
+def pixels(pages: int, patch: int, seed: int = 1) -> Tensor:
+    side = SIDE * patch
+    return torch.randn(pages, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def text_mask(*lengths: int) -> Tensor:
@@ -57,25 +59,27 @@ def text_mask(*lengths: int) -> Tensor:
 
 def blank_pixels(images: Tensor, mask: Tensor, value: float) -> Tensor:
     """The images with every blank patch painted over."""
-    blank = (~mask).view(-1, 1, 4, 4).repeat_interleave(7, 2).repeat_interleave(7, 3)
+    patch = images.shape[-1] // SIDE
+    blank = (~mask).view(-1, 1, SIDE, SIDE).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
     return torch.where(blank, torch.full_like(images, value), images)
 
 
 @torch.no_grad()
-def test_a_full_page_gives_the_models_own_hidden_states(kind: str, model: PreTrainedModel) -> None:
-    images = pixels(2)
+def test_a_full_page_gives_the_models_own_hidden_states(kind: str, model: PreTrainedModel, patch: int) -> None:
+    images = pixels(2, patch)
     hidden = VisionTower(model)(images, text_mask(PATCHES, PATCHES))
-    own = model(images, output_hidden_states=True)
-    assert len(hidden) == 1 + SIZES["num_hidden_layers"]
+    own = own_states(model, images)
+    assert len(hidden) == 1 + model.config.num_hidden_layers
+    assert hidden[-1].shape == (2, PATCHES, 16)
     torch.testing.assert_close(hidden[-1], own.last_hidden_state[:, SPECIAL[kind] :], atol=1e-5, rtol=1e-5)
     for ours, theirs in zip(hidden[:-1], own.hidden_states, strict=False):
         torch.testing.assert_close(ours, theirs[:, SPECIAL[kind] :], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_what_blank_patches_show_changes_nothing(model: PreTrainedModel) -> None:
+def test_what_blank_patches_show_changes_nothing(model: PreTrainedModel, patch: int) -> None:
     mask = text_mask(5, 9)
-    tower, images = VisionTower(model), pixels(2)
+    tower, images = VisionTower(model), pixels(2, patch)
     one, other = (tower(blank_pixels(images, mask, value), mask)[-1] for value in (0.0, 7.0))
     assert one.shape == (2, 9, 16)
     torch.testing.assert_close(one[mask[:, :9]], other[mask[:, :9]], atol=0, rtol=0)
@@ -84,8 +88,8 @@ def test_what_blank_patches_show_changes_nothing(model: PreTrainedModel) -> None
 
 
 @torch.no_grad()
-def test_a_page_is_read_alike_alone_and_beside_longer_ones(model: PreTrainedModel) -> None:
-    tower, images = VisionTower(model), pixels(3)
+def test_a_page_is_read_alike_alone_and_beside_longer_ones(model: PreTrainedModel, patch: int) -> None:
+    tower, images = VisionTower(model), pixels(3, patch)
     together = tower(images, text_mask(4, 16, 11))
     for page, length in enumerate((4, 16, 11)):
         alone = tower(images[page : page + 1], text_mask(length))
@@ -95,16 +99,16 @@ def test_a_page_is_read_alike_alone_and_beside_longer_ones(model: PreTrainedMode
 
 
 @torch.no_grad()
-def test_text_patches_see_each_other(model: PreTrainedModel) -> None:
-    tower, images, mask = VisionTower(model), pixels(1), text_mask(6)
+def test_text_patches_see_each_other(model: PreTrainedModel, patch: int) -> None:
+    tower, images, mask = VisionTower(model), pixels(1, patch), text_mask(6)
     changed = images.clone()
-    changed[:, :, :7, 7:14] += 1  # the second patch
+    changed[:, :, :patch, patch : 2 * patch] += 1  # the second patch
     first = [tower(i, mask)[-1][0, 0] for i in (images, changed)]
     assert (first[0] - first[1]).abs().max() > 1e-4
 
 
 def test_fresh_tower_has_no_pooler(kind: str) -> None:
-    tower = VisionTower.from_config(CONFIGS[kind](**SIZES))
+    tower = VisionTower.from_config(tower_sizes(kind, patch_size=14, side=SIDE))
     assert tower.width == 16
     assert not any("pooler" in name for name, _ in tower.named_parameters())
 
@@ -130,14 +134,29 @@ def test_config_without_patches_is_refused(config: PreTrainedConfig) -> None:
 
 
 def test_tower_of_another_shape_is_refused() -> None:
-    dino = AutoModel.from_config(Dinov2Config(**SIZES))
-    with pytest.raises(ConfigError, match="Dinov2Model"):
+    """DINOv3 turns its keys by where a patch stands."""
+    dino = AutoModel.from_config(DINOv3ViTConfig(**SIZES))
+    with pytest.raises(ConfigError, match="DINOv3ViTModel"):
         VisionTower(dino)
 
 
+def test_a_page_of_naflex_is_as_large_as_its_positions() -> None:
+    """Its config says how many patches there may be, and not of what sides."""
+    sizes = {"patch_size": 16, "num_patches": 25}
+    config = tower_config(Siglip2Config(vision_config=sizes))
+    assert isinstance(config, Siglip2VisionConfig)
+    assert config.image_size == 80
+    stored = config.to_dict()
+    assert tower_config(stored).to_dict() == stored
+    with pytest.raises(ConfigError, match="got num_patches 24 of 16 pixels and image_size None"):
+        tower_config(Siglip2VisionConfig(patch_size=16, num_patches=24))
+    with pytest.raises(ConfigError, match="got num_patches 25 of 16 pixels and image_size 96"):
+        tower_config({"model_type": "siglip2_vision_model", **sizes, "image_size": 96})
+
+
 @torch.no_grad()
-def test_layers_behind_the_last_that_is_read_are_not_run(kind: str, model: PreTrainedModel) -> None:
-    tower, images, mask = VisionTower(model), pixels(2), text_mask(5, 9)
+def test_layers_behind_the_last_that_is_read_are_not_run(model: PreTrainedModel, patch: int) -> None:
+    tower, images, mask = VisionTower(model), pixels(2, patch), text_mask(5, 9)
     hidden, ran = tower(images, mask), []
     for number, layer in enumerate(tower.layers):
         layer.register_forward_hook(lambda *_, number=number: ran.append(number))
@@ -150,8 +169,8 @@ def test_layers_behind_the_last_that_is_read_are_not_run(kind: str, model: PreTr
 
 
 @torch.no_grad()
-def test_pages_of_one_length_are_read_without_a_mask(model: PreTrainedModel) -> None:
-    tower, images, given = VisionTower(model), pixels(2), []
+def test_pages_of_one_length_are_read_without_a_mask(model: PreTrainedModel, patch: int) -> None:
+    tower, images, given = VisionTower(model), pixels(2, patch), []
     tower.layers[0].register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
     same = tower(images, text_mask(7, 7))
     beside = tower(images, text_mask(7, 9))

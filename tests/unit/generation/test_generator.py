@@ -105,9 +105,9 @@ def test_a_prompt_without_anything_is_refused() -> None:
 def test_a_prompt_beyond_the_context_is_refused(generator: VistGenerator) -> None:
     limit = generator.context_tokens
     assert limit == (512 if generator.tokenizer.eos_token == "[SEP]" else 256)
-    prompt = Prompt((MemorySegment(VisualMemory(torch.ones(limit - 30, 16), "abc")), TextSegment("the")))
+    prompt = Prompt((MemorySegment(VisualMemory(torch.ones(limit - 60, 16), "abc")), TextSegment("the")))
     length = generator.prompt_length(prompt)
-    assert limit - 30 < length < limit
+    assert limit - 60 < length < limit
     generator.generate([prompt], max_new_tokens=limit - length)
     for attempt in (generator.generate, lambda p, **options: list(generator.stream(p[0], **options))):
         with pytest.raises(InputError, match=rf"must fit {limit} positions .* got {length} \+ {limit - length + 1};"):

@@ -157,7 +157,7 @@ def test_what_cannot_be_scored_is_refused(generator: VistGenerator) -> None:
 def test_prompt_and_continuation_must_fit_the_context(generator: VistGenerator) -> None:
     limit = generator.context_tokens
     assert limit is not None
-    prompt = Prompt((MemorySegment(VisualMemory(torch.ones(limit - 30, 16), "abc")), TextSegment("the")))
+    prompt = Prompt((MemorySegment(VisualMemory(torch.ones(limit - 60, 16), "abc")), TextSegment("the")))
     room = limit - generator.prompt_length(prompt)
     fits, longer = continuations(generator, (room, room + 1))
     assert torch.isfinite(generator.score(prompt, [fits])[0]).all()

@@ -131,6 +131,18 @@ def test_bad_fonts_and_ranges_are_named(font_path: Path, tmp_path: Path) -> None
         GlyphAtlas.from_font(font_path, ranges=[(0x4E00, 0x4F00)])
 
 
+def test_on_a_higher_strip_the_same_pictures_stand_in_the_middle(atlas: GlyphAtlas) -> None:
+    height = atlas.ink.shape[1]
+    higher = atlas.on_strip(height + 3)
+    assert torch.equal(higher.ink[:, 1:-2], atlas.ink)
+    assert not higher.ink[:, [0, -2, -1]].any()
+    assert higher.pictures.right.tolist() == atlas.pictures.right.tolist()
+    assert higher.digest != atlas.digest
+    assert atlas.on_strip(height).digest == atlas.digest
+    with pytest.raises(ConfigError, match=rf"patch_size_px must be {height} or more .* got {height - 1}"):
+        atlas.on_strip(height - 1)
+
+
 def test_a_missing_library_names_its_extra(font_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(MissingDependencyError, match=r"vist-rag\[fonts\]"):

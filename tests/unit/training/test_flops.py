@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from tests.support.causal import causal_generator, fused_generator
 from tests.support.tiny import ATLAS, tiny_compressor, tiny_generator, tiny_tokenizer
+from tests.support.towers import TOWERS, tower_sizes
 from vist_rag.checkpoint import embedded_checkpoint, load_compressor
 from vist_rag.compression import PassageCompressor, TextCompressor, VistCompressor
 from vist_rag.config import FusionConfig, ResamplerConfig
@@ -180,10 +180,10 @@ def tower_of(config: Any, **sizes: Any) -> VistCompressor:
 
 
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("kind", [CLIPVisionConfig, SiglipVisionConfig])
-def test_towers_of_the_hub(kind: Any, learns: bool) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    compressor = tower_of(kind(**sizes, image_size=224, patch_size=14))
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_the_hub(kind: str, learns: bool) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    compressor = tower_of(tower_sizes(kind, patch_size=14, side=16, **sizes))
     parts = ["resampler", "projector", *(["tower"] if learns else [])]
     model = reading(compressor, causal_generator("llama"), parts)
     check(model, batch_of(model))

@@ -295,22 +295,25 @@ def test_slips_change_letters_and_digits_only() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["prefix_bert", "gemma"])
 @pytest.mark.parametrize("rate", [1.0, 0.5, 0.01])
-def test_an_ideal_memory_means_and_spells_the_words_of_its_windows(rate: float) -> None:
-    model = model_of(ideal=1.0, rates={rate: 1.0})
+def test_an_ideal_memory_means_and_spells_the_words_of_its_windows(rate: float, family: str) -> None:
+    model = model_of(family, ideal=1.0, rates={rate: 1.0})
     text = "the river runs from a lake to the sea and the old bridge was built in 1867 by marie curie"
     batch = model.batch([Example((Passage(text),), "who", "marie curie", raw=False)], random.Random(0))
     (window,), (places,) = batch["spelt"], batch["places"]
     soft, shown = model._ideal_memory(window, places)
     pieces, latents, count = window
-    words = model.lm.get_input_embeddings().weight
+    table = model.lm.get_input_embeddings()
+    words = table(torch.arange(len(table.weight)))  # as large as they are read
     assert len(soft) == len(shown) == int(places[-1]) + 3
     for place, (position, tokens) in enumerate(zip(soft[1:-1], shown[1:-1], strict=True)):
         of_latents = [pieces[latents == i] for i in range(count) if places[i] == place]
         meaning = torch.stack([words[ids].mean(0) if len(ids) else words.mean(0) for ids in of_latents]).mean(0)
         ids = torch.cat(of_latents)
         assert tokens[tokens >= 0].tolist() == ids.tolist()
-        named = (words[ids] - words.mean(0)).mean(0) if len(ids) else 0.0
+        spelt = model.fusion.speller is not None and len(ids) > 0
+        named = (words[ids] - words.mean(0)).mean(0) if spelt else 0.0
         torch.testing.assert_close(position, meaning + named)
     assert shown[shown >= 0].tolist() == pieces.tolist()
 

@@ -161,6 +161,7 @@ def test_what_no_stage_would_read_is_refused(change: str, message: str) -> None:
         ("stages=[]", "at least one [[stages]] table"),
         ("data.text=texts.jsonl", "data: text must be a list of texts, got 'texts.jsonl'"),
         ("generator.dtype=float8", "dtype must be one of float32, bfloat16, float16, got 'float8'"),
+        ("generator.quantize=8bit", "generator: quantize must be one of 4bit, got '8bit'"),
         ("stages.align.kind=read", "kind must be one of tower, lexical, align, qa, distill, lm, got 'read'"),
         ("data.sequence=[4096]", "sequence must be tokens as memory and tokens to be told, such as [4096, 512], got"),
         ("data.sequence=[4096, 0]", "sequence must be tokens as memory and tokens to be told"),
@@ -222,6 +223,12 @@ def test_a_recipe_needs_models_and_data(table: str) -> None:
         (["compressor.kind=vist"], "must have a [start] table"),
         (["stages.align.train=['lora']"], "only where [generator.lora] sets adapters up"),
         (
+            ["generator.quantize=4bit", "stages.align.train=['projector', 'generator']"],
+            "train must not name generator of a generator in 4 bits; train lora or leave it",
+        ),
+        (["generator={base='b', vocabulary=9, quantize='4bit'}"], "quantize must be left out where base is set"),
+        (["start.checkpoint=x", "generator.quantize=4bit"], "quantize must be left out where [start] names"),
+        (
             ["stages.align.answers=5"],
             "answers needs the task answer among tasks, got continue, next_token, reconstruct",
         ),
@@ -247,6 +254,7 @@ def test_settings_that_do_not_fit_each_other_are_refused(changes: list[str], mes
     [
         ["generator={base='b', vocabulary=9}"],
         ["generator.lora={r=4}", "stages.align.train=['lora']", "stages.align.raw=0.5"],
+        ["generator.quantize=4bit", "generator.lora={r=4}", "stages.align.train=['lora']"],
         ["stages.align.train=['projector']", "stages.align.ideal=1.0"],
         ["stages.distill.answers=0", "data.questions={'q.jsonl'=1.0}"],
         ["trainer={bf16=true, gradient_accumulation_steps=4}"],

@@ -26,6 +26,7 @@ from vist_rag.config import FusionConfig
 from vist_rag.errors import CheckpointError, ConfigError, IncompatibleMemoryError, ShapeError
 from vist_rag.generation.prefix_bert import Once, ranks
 from vist_rag.generation.prompt import Prompt
+from vist_rag.generation.words import embedding_scale
 
 if TYPE_CHECKING:
     from vist_rag.generation.generator import VistGenerator
@@ -215,30 +216,31 @@ class SoftPromptFusion(nn.Module):
         places = torch.cat([places + start for places, start in zip(own, starts, strict=False)]).to(latents.device)
         shown = self.shown(generator, latents, places, counts)
         words = cast(Tensor, generator.model.get_input_embeddings().weight)
-        inside = self.inside(merged(self.meaning(latents), places), shown, words)
+        inside = self.inside(merged(self.meaning(latents), places), shown, words, embedding_scale(generator.model))
         return [
             (self.bounded(soft), self.between(told))
             for soft, told in zip(inside.split(sizes), shown.split(sizes), strict=True)
         ]
 
-    def join(self, meaning: Tensor, shown: Tensor, words: Tensor) -> Tensor:
+    def join(self, meaning: Tensor, shown: Tensor, words: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """Meaning ``[m, d_llm]`` and spelling as one soft prompt between its boundaries, ``[m + 2, d_llm]``.
 
         Args:
             meaning: What the projector makes of the latents of each position, float ``[m, d_llm]``.
             shown: Tokens that each position spells, int64 ``[m, s]``, -1 for none.
             words: The generator's embeddings, float ``[v, d_llm]``.
+            scale: How many times larger it reads them (``embedding_scale``).
         """
-        return self.bounded(self.inside(meaning, shown, words))
+        return self.bounded(self.inside(meaning, shown, words, scale))
 
-    def inside(self, meaning: Tensor, shown: Tensor, words: Tensor) -> Tensor:
+    def inside(self, meaning: Tensor, shown: Tensor, words: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """As :meth:`join`, without the boundaries: ``[m, d_llm]``."""
         if self.speller is not None or self.config.tokens:
             there, (centre, spread) = shown >= 0, self._centre_and_spread(words)
-            named = ((words[shown.clamp(min=0)] - centre) * there[..., None]).to(meaning.dtype)
+            named = ((words[shown.clamp(min=0)] - centre) * there[..., None] * scale).to(meaning.dtype)
             meaning = meaning + named.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
             if self.packer is not None:
-                meaning = meaning + self.packer(named, there, spread)
+                meaning = meaning + self.packer(named, there, spread * scale)
         return meaning
 
     def bounded(self, soft: Tensor) -> Tensor:
