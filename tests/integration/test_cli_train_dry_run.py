@@ -129,6 +129,29 @@ def test_a_pretrained_pair(place: Path, recipe: Path) -> None:
     assert frozen[1] == f"{tower:,}"
 
 
+@pytest.mark.parametrize("fusion", ["soft_prompt", "cross_attention"])
+def test_the_paper(place: Path, recipe: Path, fusion: str) -> None:
+    smaller = [
+        f"tower.pretrained={place / 'clip'}",
+        f"generator.pretrained={place / 'lm'}",
+        f"generator.fusion={fusion}",
+        "data.text=['texts.jsonl']",
+        "data.sequence=[100, 20]",
+        "resampler={latents_per_page=64, width=16, heads=2, layers=1}",
+        "trainer.bf16=false",
+    ]
+    arguments = [argument for change in smaller for argument in ("--set", change)]
+    report = run_json("train", "paper", "--data", place / "data", "--dry-run", *arguments)
+    assert left(place) == []
+    (stage,) = report["runs"][0]["stages"]
+    assert (stage["kind"], stage["steps"], stage["step"]["examples"]) == ("lm", 2000, 16)
+    # Of each sequence 20 tokens, give or take what a cut goes back to the beginning of a word.
+    assert stage["step"]["target_tokens"] == pytest.approx(16 * 20, rel=0.2)
+    assert stage["step"]["pages"] == 16  # 100 tokens of these are a page or less
+    assert stage["parameters"]["generator"]["trained"] == stage["parameters"]["tower"]["trained"] == 0
+    assert stage["parameters"]["projector"]["trained"] > 0
+
+
 def test_settings_can_be_changed(place: Path, recipe: Path) -> None:
     arguments: list[Any] = ["train", recipe, "--data", place / "data", "--dry-run"]
     before = run_json(*arguments)["runs"][0]["stages"][0]

@@ -8,18 +8,29 @@ rows end.
 from __future__ import annotations
 
 import json
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from vist_rag.errors import ConfigError, InputError
 from vist_rag.evaluation.icl import InContextLearning
 from vist_rag.evaluation.lm import LanguageModelling
-from vist_rag.evaluation.methods import WITHOUT_BUDGET, Asked, EvalModel, Method, budget_of, check_method, make_method
+from vist_rag.evaluation.methods import (
+    WITHOUT_BUDGET,
+    Asked,
+    EvalModel,
+    Memory,
+    Method,
+    budget_of,
+    check_method,
+    make_method,
+)
 from vist_rag.evaluation.provenance import SEED, run_facts
 from vist_rag.evaluation.qa import QuestionAnswering
 from vist_rag.evaluation.results import FORMAT, Cell, RowFile, summarize
@@ -49,14 +60,20 @@ def load_recipe(name: str | Path) -> dict[str, Any]:
     return recipe
 
 
+SPREAD = ("dataset", "encoded_tokens", "n_memory", "top_k")
+"""Settings of a block that may be lists: there is a block for each value, or for each choice of values."""
+
+
 def blocks_of(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The blocks of a recipe, named: one for each value where ``top_k`` is a list; defaults filled in."""
+    """The blocks of a recipe, named: one for each value where a setting of ``SPREAD`` is a list; defaults filled in."""
     found = []
     defaults = {k: v for k, v in recipe.items() if k not in ("blocks", "checkpoints")}
     for block in recipe["blocks"]:
-        ks = block.get("top_k", 1)
-        for k in ks if isinstance(ks, list) else [ks]:
-            one = {**defaults, **block, "top_k": k}
+        whole = {"top_k": 1, **block}
+        lists = {key: whole[key] for key in SPREAD if isinstance(whole.get(key), list)}
+        for values in product(*lists.values()):
+            one = {**defaults, **whole, **dict(zip(lists, values, strict=True))}
+            k = one["top_k"]
             found.append({**one, "name": one.get("name", "{default}").format(default=_name(one), k=k)})
     names = [block["name"] for block in found]
     if len(set(names)) < len(names):
@@ -153,7 +170,8 @@ def run_block(
     model = task.adapt(model)
     adapted = {name: task.adapt(other) for name, other in trained.items()}
     room = {asked.id: _room(model, asked, task) for asked in task.asked}
-    asked = [one for one in task.asked if room[one.id] >= model.memory_frame + 1]
+    least = model.memory_frame + 1 if model.generator.fusion.in_context else 0
+    asked = [one for one in task.asked if room[one.id] >= least]
     if not asked:
         raise InputError(
             f"block {block['name']}: no question of {len(task.asked)} leaves room for a passage in the generator's "
@@ -232,10 +250,12 @@ def _answered(
     answered once, and ``judged`` keeps what came of it.
     """
     model = method.model
+    boundless = isinstance(method, Memory) and not model.generator.fusion.in_context
     built: list[tuple[Asked, Prompt, int]] = []
     for one in asked:
         raw = sum(model.raw_tokens(p) for p in one.passages)
-        prompt = method.prompt(one.passages, one.question, budget_of(cell.rate, cell.tokens, raw, room[one.id]))
+        most = sys.maxsize if boundless else room[one.id]
+        prompt = method.prompt(one.passages, one.question, budget_of(cell.rate, cell.tokens, raw, most))
         built.append((one, prompt, raw))
     built.sort(key=lambda row: (_key(cell, row[0], row[1]) not in judged, model.generator.prompt_length(row[1])))
     for start in range(0, len(built), batch_size):

@@ -118,6 +118,16 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class _EagerAttention(TorchFunctionMode):
+    """Softmax of fp16 scores into float32 in one operation, as on CUDA; on ``meta`` PyTorch would copy them first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func is F.softmax and args[0].dtype is torch.float16 and given.get("dtype") is torch.float32:
+            return torch.ops.aten._softmax(args[0], given.get("dim", -1), True)
+        return func(*args, **given)
+
+
 def run(function: Callable[[], Any], module: nn.Module, *, attention: str, value: int = 0) -> Counted:
     """Run a function on ``meta`` tensors, and count. What it allocates itself is among its activations.
 
@@ -134,8 +144,7 @@ def run(function: Callable[[], Any], module: nn.Module, *, attention: str, value
         stack.enter_context(fx_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
         stack.enter_context(flops)
         stack.enter_context(memory)
-        if attention == "fused":
-            stack.enter_context(_FusedAttention())
+        stack.enter_context(_FusedAttention() if attention == "fused" else _EagerAttention())
         result = function()
     counts = {
         name: {str(op).rpartition(".")[2]: n for op, n in ops.items()} for name, ops in flops.get_flop_counts().items()

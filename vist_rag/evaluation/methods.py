@@ -243,15 +243,27 @@ class Memory:
 
 
 class SlowFast(Memory):
-    """The best passage as text where it fits, the others as memory."""
+    """The best passages as text where they fit, the others as memory.
+
+    Args:
+        model: Whose generator reads the prompt.
+        raw: How many are read as text, at most; fewer where the budget holds no more beside a latent of the next.
+    """
+
+    def __init__(self, model: EvalModel, raw: int = 1) -> None:
+        if raw < 1:
+            raise ConfigError(f"raw of slow_fast must be 1 or more, got {raw}; without text the method is memory.")
+        super().__init__(model)
+        self._raw = raw
 
     def prompt(self, passages: Sequence[Passage], question: str, budget: int) -> Prompt:
         """Raw and memory; memory alone where the budget holds no whole passage beside a latent of the next."""
-        left = budget - self.model.raw_tokens(passages[0])
-        others = passages[1:]
-        if left < (self.model.memory_frame + 1 if others else 0):
-            return super().prompt(passages, question, budget)
-        return self.model.template.build(question, passages[:1], self.read(others, left) if others else [])
+        for count in range(min(self._raw, len(passages)), 0, -1):
+            left = budget - sum(self.model.raw_tokens(passage) for passage in passages[:count])
+            others = passages[count:]
+            if left >= (self.model.memory_frame + 1 if others else 0):
+                return self.model.template.build(question, passages[:count], self.read(others, left) if others else [])
+        return super().prompt(passages, question, budget)
 
 
 class JoinedMemory(Memory):

@@ -5,15 +5,17 @@ Source: "Vision-centric Token Compression in Large Language Model", arXiv:2502.0
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig, RobertaConfig
 
 from vist_rag.config import ResamplerConfig
 from vist_rag.errors import ConfigError
-from vist_rag.evaluation.costs import Costs, count_costs
+from vist_rag.evaluation.costs import TOKENS_PER_PAGE, Costs, count_costs
+from vist_rag.evaluation.meters import Part
 
 
 def _tinyllama() -> PreTrainedConfig:
@@ -184,13 +186,17 @@ def _compared(advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
             "reconciled_percent": _percent(reconciled / 1e12, row.tflops),
             "left_out_tflops": {name: round(n / 1e12, 4) for name, n in left_out.items()},
             "parts_tflops": {part.name: round(part.flops / 1e12, 4) for part in costs.parts},
+            "split_tflops": {part.name: _split(part) for part in costs.parts if part.flops},
             "reason": REASONS[row.method],
             "paper_gb": row.gigabytes,
             "ours_gb": round(costs.total_bytes / 1e9, 2),
             "ours_gb_percent": _percent(costs.total_bytes / 1e9, row.gigabytes),
+            "ours_gib": round(costs.total_bytes / 2**30, 2),
+            "ours_gib_percent": _percent(costs.total_bytes / 2**30, row.gigabytes),
             "weights_gb": round(costs.weight_bytes / 1e9, 2),
             "kv_gb": round(costs.kv_bytes / 1e9, 2),
             "activations_gb": round(costs.activation_bytes / 1e9, 2),
+            "peak_part": max(costs.parts, key=lambda part: part.activation_bytes).name,
         }
 
 
@@ -206,6 +212,59 @@ def _count(row: PaperRow) -> Costs:
         attention="eager",
         all_logits=True,
     )
+
+
+def _split(part: Part) -> dict[str, float]:
+    """TFLOPs of a part: of attention's linear layers, of its scores and what these weigh, and of all else."""
+    kinds = {"projections": part.attention_linear_flops, "scores": part.score_flops}
+    kinds["other"] = part.flops - sum(kinds.values())
+    return {name: round(n / 1e12, 6) for name, n in kinds.items()}
+
+
+def slopes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What one more image of VIST takes, and one more token of CEPE*, between the shortest and the longest row.
+
+    Args:
+        rows: Of :func:`compare_with_paper`.
+    Returns:
+        A slope for each method, in GFLOPs: ``paper`` and how much its rounding may hide (``paper_error``); ``ours`` by
+        part and kind; ``left_out`` names those that, as we infer, the paper's counter did not see. Then ``paper_base``
+        and ``ours_base``: what is left where nothing is encoded.
+    """
+    found = []
+    for method, unit, per_token in (("VIST", "image", 1 / TOKENS_PER_PAGE), ("CEPE*", "token", Fraction(1))):
+        short, *_, long = [row for row in rows if row["method"] == method]
+        units = [float(row["encoded_tokens"] * per_token) for row in (short, long)]
+        more = units[1] - units[0]
+
+        def slope(low: float, high: float, more: float = more) -> float:
+            return 1000 * (high - low) / more
+
+        ours = {
+            f"{part}.{kind}": slope(tflops, long["split_tflops"][part][kind])
+            for part, kinds in short["split_tflops"].items()
+            for kind, tflops in kinds.items()
+        }
+        seen = {name: gflops for name, gflops in ours.items() if abs(gflops) > 1e-6}
+        paper = slope(short["paper_tflops"], long["paper_tflops"])
+        left_out = [
+            f"{part}.{'scores' if field == 'score_flops' else 'projections'}"
+            for part, fields in _LEFT_OUT[method].items()
+            for field in fields
+        ]
+        found.append(
+            {
+                "method": method,
+                "unit": unit,
+                "paper": round(paper, 3),
+                "paper_error": round(10 / more, 3),  # two figures, each right to 0.005 TFLOPs
+                "ours": {name: round(gflops, 3) for name, gflops in seen.items()},
+                "left_out": left_out,
+                "paper_base": round(1000 * short["paper_tflops"] - units[0] * paper, 1),
+                "ours_base": round(1000 * short["ours_tflops"] - units[0] * sum(seen.values()), 1),
+            }
+        )
+    return found
 
 
 def _percent(ours: float, paper: float) -> float:

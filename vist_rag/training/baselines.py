@@ -87,6 +87,10 @@ class ContinuedRun(RecipeRun):
         pieces = sorted(own.get_vocab().items(), key=lambda item: item[1])
         return own, [cast(int, full.token_to_id(piece)) for piece, _ in pieces]
 
+    def generator_directory(self) -> Path:
+        """That of the checkpoint."""
+        return self._checkpoint() / "generator"
+
     def _checkpoint(self) -> Path:
         name = self.recipe["start"]["checkpoint"]
         return find_checkpoint(None if name == "embedded" else name)

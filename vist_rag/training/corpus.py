@@ -74,7 +74,7 @@ def open_passages(
             yield line, None if isinstance(item, Passage) and not low <= len(item.text) <= high else item
 
     patterns = [sources] if isinstance(sources, str) else list(sources)
-    files = _find(data, patterns, (*SUFFIXES, *ROW_SUFFIXES))
+    files = find_sources(data, patterns, (*SUFFIXES, *ROW_SUFFIXES))
     return open_corpus(PassageCorpus, data, patterns, files, cache, read, skip_bad=skip_bad, characters=[low, high])
 
 
@@ -99,7 +99,7 @@ def open_questions(
     for pattern, weight in sources.items():
         if not 0 < weight < float("inf"):
             raise ConfigError(f"weight of {pattern!r} must be above 0, got {weight}; leave out what is not wanted.")
-        weights.update(dict.fromkeys(_find(data, [pattern], ROW_SUFFIXES), float(weight)))
+        weights.update(dict.fromkeys(find_sources(data, [pattern], ROW_SUFFIXES), float(weight)))
     files = sorted(weights)
 
     def read(file: Path) -> Iterator[Checked[Question]]:
@@ -111,8 +111,12 @@ def open_questions(
     )
 
 
-def _find(data: Path, patterns: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """Files that match, sorted; of folders, those with the suffixes. Hidden files are left out."""
+def find_sources(data: Path, patterns: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """Files that match, sorted; of folders, those with the suffixes. Hidden files are left out.
+
+    Raises:
+        InputError: If a pattern matches nothing, or a file with another suffix.
+    """
     files: set[Path] = set()
     for path in expand(data, patterns):
         if path.is_dir():

@@ -25,12 +25,12 @@ import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from vist_rag.errors import InputError
-from vist_rag.training.data import Question
+from vist_rag.training.data import Question, TextSequence
 from vist_rag.types import Passage
 
 _FORMAT = 1
 
-T = TypeVar("T", Passage, Question)
+T = TypeVar("T", Passage, Question, TextSequence)
 C = TypeVar("C", bound="Corpus[Any]")
 Checked = tuple[int | None, T | ValueError | None]
 """A line's number, where there are lines, and an item, or what is wrong with it, or None: outside the bounds."""

@@ -124,6 +124,19 @@ class Question:
         return titled(self.title, self.context)
 
 
+@dataclass(frozen=True)
+class TextSequence:
+    """A stretch of plain text: what is read as memory, and what comes next, which is to be told."""
+
+    shown: str
+    told: str
+
+    @property
+    def content(self) -> str:
+        """All of it."""
+        return f"{self.shown} {self.told}"
+
+
 def passage_of(row: Mapping[str, Any]) -> Passage:
     """A row ``{"text", "title"?, "id"?}``.
 

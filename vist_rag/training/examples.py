@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vist_rag.training.data import Question, titled
+from vist_rag.training.data import Question, TextSequence, titled
 from vist_rag.types import Passage
 
 RECONSTRUCT = "What does the document say?"
@@ -21,12 +21,16 @@ CONTINUE = "What comes after: {cue}?"
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: what is shown (as memory or raw), what is asked, what is to be written."""
+    """One thing to learn: what is shown (as memory or raw), what is asked, what is to be written.
+
+    ``ends`` tells whether the end of the text is to be written, too: a sequence that was cut has none.
+    """
 
     passages: tuple[Passage, ...]
     question: str
     target: str
     raw: bool
+    ends: bool = True
 
 
 def reconstruct_example(passage: Passage, rng: random.Random, *, words: tuple[int, int], raw: bool = False) -> Example:
@@ -155,6 +159,23 @@ class ExampleMix:
                 shown = rng.choice(self.texts)
             others.append(Passage(window(shown.text, rng.randint(*words), rng), title=shown.title))
         return others
+
+
+class SequenceMix:
+    """Draws the sequences of one batch, none of them twice: the beginning is shown, what comes next is to be told.
+
+    Args:
+        sequences: All of them.
+        batch: How many a batch has; fewer where there are fewer.
+    """
+
+    def __init__(self, sequences: Sequence[TextSequence], batch: int) -> None:
+        self.sequences, self.batch = sequences, min(batch, len(sequences))
+
+    def __call__(self, rng: random.Random) -> list[Example]:
+        """A batch of examples."""
+        drawn = [self.sequences[i] for i in rng.sample(range(len(self.sequences)), self.batch)]
+        return [Example((Passage(one.shown),), "", one.told, raw=False, ends=False) for one in drawn]
 
 
 def misspell(text: str, share: float, rng: random.Random) -> str:

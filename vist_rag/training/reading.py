@@ -149,7 +149,9 @@ class MemoryReading(nn.Module):
             row.append(generator.ids(after))
             segments.append(row)
         end = generator.ids([generator.tokenizer.eos_token_id])
-        targets = [torch.cat((generator.tokenize(" " + example.target), end)) for example in examples]
+        targets = [
+            torch.cat((generator.tokenize(" " + example.target), end[: int(example.ends)])) for example in examples
+        ]
         pages = self.compressor.renderer.render(contents)
         windows = self._windows(contents, pages)
         rates = self._rates(examples, [n for *_, n in windows], rng)
@@ -181,12 +183,14 @@ class MemoryReading(nn.Module):
         return longest is None or len(tokens) + _FRAME_TOKENS <= longest
 
     def _room(self, example: Example) -> int:
-        """Positions that all memories of an example may take together, boundaries aside."""
+        """Positions that all memories of an example may take together, boundaries aside; -1: its text is too long."""
         generator, passages = self._generator[0], len(example.passages)
         limit = generator.context_tokens
         if limit is None:
             return sys.maxsize
         said = generator.count_tokens(f"{example.question}\n{example.target}")
+        if not generator.fusion.in_context:
+            return sys.maxsize if said + _FRAME_TOKENS <= limit else -1
         between = generator.count_tokens(self.template.memory) + generator.fusion.boundary_tokens
         return limit - _FRAME_TOKENS - said - passages * between
 

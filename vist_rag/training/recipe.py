@@ -15,8 +15,9 @@ from typing import Any
 from vist_rag.config import RendererConfig, ResamplerConfig
 from vist_rag.errors import ConfigError
 
-READING = ("align", "qa", "distill")
-"""Kinds of stages that teach to read memory; they differ in what they practise unless told otherwise."""
+READING = ("align", "qa", "distill", "lm")
+"""Kinds of stages that teach to read memory; they differ in what they practise unless told otherwise. ``lm`` is the
+paper's: sequences whose first tokens are memory and whose rest is to be told."""
 TASKS: dict[str, dict[str, dict[str, Any]]] = {
     "align": {
         "reconstruct": {"weight": 0.4, "words": [8, 100]},
@@ -85,6 +86,10 @@ _BOUNDS = _Value(
     lambda value: (
         isinstance(value, list | tuple) and len(value) == 2 and all(map(_WHOLE.fits, value)) and value[0] <= value[1]
     ),
+)
+_TOKENS = _Value(
+    "tokens as memory and tokens to be told, such as [4096, 512]",
+    lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(map(_COUNT.fits, value)),
 )
 _ANY = _Value("a value", lambda _: True)  # checked where it is used
 _RATES = _Value("shares in 0..1 with a weight each, such as { '1.0' = 0.7, '0.5' = 0.3 }", _are_rates)
@@ -163,6 +168,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "pve": _PVE,
     },
     **dict.fromkeys(READING, _READ),
+    "lm": _COMMON | {"train": _some_of(*PARTS), "batch": _COUNT, "rates": _RATES, "pve": _PVE},
 }
 _RESAMPLER = {field.name: _ANY for field in fields(ResamplerConfig)}
 _COMPRESSOR = {"window": _COUNT, "resampler": _RESAMPLER}
@@ -194,7 +200,7 @@ _RECIPE: dict[str, Any] = {
     "compressor": {"kind": _one_of(*KINDS), **_COMPRESSOR},
     "compressors": dict.fromkeys(KINDS, _COMPRESSOR),
     "ablations": _TABLE,
-    "data": {"folder": _TEXT, "text": _TEXTS, "characters": _BOUNDS, "questions": _TABLE},
+    "data": {"folder": _TEXT, "text": _TEXTS, "characters": _BOUNDS, "sequence": _TOKENS, "questions": _TABLE},
     "trainer": _TABLE,
     "probe": {"measure": _FLAG, "texts": _COUNT, "steps": _COUNT},
     "evaluation": {
@@ -377,6 +383,12 @@ def _check_stage(stage: Mapping[str, Any], recipe: Mapping[str, Any], where: str
         raise ConfigError(
             f"{where}: train must not name {min(whole)} of a generator in 4 bits; train lora or leave it."
         )
+    if (kind == "lm") != ("sequence" in data):
+        raise ConfigError(
+            f"{where}: kind lm, and no other, needs [data] sequence = [4096, 512] (tokens as memory, and to be told)."
+        )
+    if kind == "lm" and "start" not in recipe and "pretrained" not in recipe["generator"]:
+        raise ConfigError(f"{where}: kind lm needs a pretrained generator, whose tokens are counted.")
     tasks = set(stage.get("tasks", TASKS.get(kind, {})))
     if stage.get("answers") and "answer" not in tasks:
         raise ConfigError(f"{where}: answers needs the task answer among tasks, got {', '.join(sorted(tasks))}.")

@@ -134,8 +134,8 @@ def _reading_stage(run: RecipeRun, stage: Mapping[str, Any]) -> Rehearsed:
         batch = model.batch(draw(rng), rng)
         return batch, len(batch["targets"])
 
-    own = "answer" in draw.stage["tasks"] and stage.get("answers")
-    return Rehearsed(model, build, {"answers": _answers(run, stage["answers"], generator)} if own else {})
+    own = stage.get("answers")
+    return Rehearsed(model, build, {"answers": _answers(run, own, generator)} if own else {})
 
 
 def _pve(stage: Mapping[str, Any], generator: VistGenerator) -> Pve | None:

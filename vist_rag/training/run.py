@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
+from transformers import AutoTokenizer
 
 from vist_rag.compression import PassageCompressor
 from vist_rag.compression.memory import PASSAGE_GAP
@@ -23,14 +24,15 @@ from vist_rag.config import RendererConfig
 from vist_rag.errors import MissingDependencyError
 from vist_rag.generation import VistGenerator, best_device
 from vist_rag.generation.words import word_embeddings
-from vist_rag.references import Reference
+from vist_rag.references import Reference, resolve
 from vist_rag.rendering import Renderer
 from vist_rag.training.answers import own_answers
 from vist_rag.training.checkpoints import load_parts, load_trained
-from vist_rag.training.corpus import PassageCorpus, QuestionCorpus, open_passages, open_questions
+from vist_rag.training.corpus import QuestionCorpus, open_passages, open_questions
+from vist_rag.training.corpus_files import Corpus
 from vist_rag.training.counts import TokenCounts, count_tokens
 from vist_rag.training.data import LengthBatches, Question
-from vist_rag.training.examples import ExampleMix
+from vist_rag.training.examples import Example, ExampleMix, SequenceMix
 from vist_rag.training.export import save_checkpoint
 from vist_rag.training.lexical import LexicalAlignment, WordSalad, lexical_batch, piece_salience
 from vist_rag.training.objectives import Pve
@@ -46,6 +48,7 @@ from vist_rag.training.parts import (
 from vist_rag.training.probe import STEPS, TEXTS, probe_checkpoint
 from vist_rag.training.reading import MemoryReading, without_adapter
 from vist_rag.training.recipe import READING, TASKS, check_recipe, trained_parts
+from vist_rag.training.sequences import open_sequences
 from vist_rag.training.tower import TowerReading, reading_batch
 from vist_rag.training.trainer import processes, train_stage
 from vist_rag.training.vocabulary import prune_vocabulary
@@ -93,7 +96,7 @@ class RecipeRun:
         torch.set_flush_denormal(True)
         torch.manual_seed(self.seed)
         output.mkdir(parents=True, exist_ok=True)
-        self._texts: PassageCorpus | None = None
+        self._texts: Corpus[Any] | None = None
         self._known: set[str] = set()
         self._goes_first = False
 
@@ -131,7 +134,7 @@ class RecipeRun:
         if not settings.get("measure", True):
             return
         count, steps = settings.get("texts", TEXTS), settings.get("steps", STEPS)
-        rows: PassageCorpus | QuestionCorpus = self.texts() if self.recipe["data"].get("text") else self.questions()
+        rows: Corpus[Any] = self.texts() if self.recipe["data"].get("text") else self.questions()
         texts = [rows[int(i)].content for i in rows.order(self.seed)[:count]]
         probe_checkpoint(model, texts, count=count, steps=steps, seed=self.seed).save(model / "compressor")
 
@@ -157,11 +160,17 @@ class RecipeRun:
                 pruned.save(str(vocabulary))
         return plain(Tokenizer.from_file(str(vocabulary))), json.loads(ids.read_text())
 
-    def texts(self) -> PassageCorpus:
-        """All plain text, on disk."""
+    def texts(self) -> Corpus[Any]:
+        """All plain text, on disk: passages, or sequences where the recipe asks for these."""
         settings = self.recipe["data"]
         with self._first_process_first():
-            if self._texts is None:
+            if self._texts is None and "sequence" in settings:
+                shown, told = settings["sequence"]
+                tokenizer: Any = AutoTokenizer.from_pretrained(str(self.generator_directory()))
+                self._texts = open_sequences(
+                    self.data, settings["text"], self.cache, tokenizer, shown=shown, told=told, skip_bad=self.skip_bad
+                )
+            elif self._texts is None:
                 self._texts = open_passages(
                     self.data,
                     settings["text"],
@@ -170,6 +179,11 @@ class RecipeRun:
                     characters=tuple(settings.get("characters", (30, 1200))),
                 )
         return self._texts
+
+    def generator_directory(self) -> Path:
+        """Where config and tokenizer of the pretrained generator are."""
+        settings = self.recipe["generator"]
+        return resolve(settings["pretrained"], settings.get("revision"), weights=False)
 
     def questions(self) -> QuestionCorpus:
         """All questions with their passages, on disk."""
@@ -254,8 +268,12 @@ class RecipeRun:
 
         self._train(model, stage, build, directory, result=parts)
 
-    def examples(self, stage: Mapping[str, Any], answers: Callable[[], Sequence[Question]]) -> ExampleMix:
+    def examples(
+        self, stage: Mapping[str, Any], answers: Callable[[], Sequence[Question]]
+    ) -> Callable[[random.Random], list[Example]]:
         """What a reading stage practises; ``answers`` gives the generator's own, where the stage asks for them."""
+        if stage["kind"] == "lm":
+            return SequenceMix(self.texts(), stage["batch"])
         tasks = stage.get("tasks", TASKS[stage["kind"]])
         texts: Sequence[Passage] = self.texts() if set(tasks) != {"answer"} or stage.get("distractors") else ()
         rows: Any = ()

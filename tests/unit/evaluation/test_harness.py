@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.evaluation import tiny_model, with_context, write_data, write_rows
+from tests.support.evaluation import PASSAGES, tiny_model, with_context, write_data, write_rows
 from vist_rag.errors import ConfigError, InputError
 from vist_rag.evaluation import harness
 from vist_rag.evaluation.datasets import LabelledText
 from vist_rag.evaluation.harness import blocks_of, cells_of, load_recipe, make_task, run_block
 from vist_rag.evaluation.icl import balanced
-from vist_rag.evaluation.methods import EvalModel
+from vist_rag.evaluation.methods import EvalModel, make_method
 from vist_rag.evaluation.results import Cell, RowFile
 from vist_rag.evaluation.task import Reading
+from vist_rag.generation import SoftPromptFusion
 
 METHODS = ["closed_book", "raw", "truncated", "frequency", "memory", "slow_fast", "shuffled_memory", "blank_memory"]
 QA: dict[str, Any] = {"task": "qa", "dataset": "squad_open", "corpus": ["corpus/village.jsonl"], "name": "village"}
@@ -274,6 +275,82 @@ def test_blocks_of_a_recipe_are_named_and_spread() -> None:
     assert (first["seed"], first["limit"], first["top_k"], second["top_k"], third["seed"]) == (3, 9, 1, 5, 4)
     with pytest.raises(ConfigError, match="names of their own"):
         blocks_of({"blocks": [QA, QA]})
+
+
+def test_a_block_is_spread_over_sets_and_numbers_of_demonstrations() -> None:
+    block = {
+        "task": "icl",
+        "name": "two-{default}",
+        "dataset": ["sst2", "mr"],
+        "n_memory": [18, 48],
+        "methods": ["raw"],
+    }
+    found = blocks_of({"blocks": [block, {"task": "lm", "encoded_tokens": [9, 8], "text_tokens": 7}]})
+    assert [(b.get("dataset"), b.get("n_memory")) for b in found[:4]] == [
+        ("sst2", 18), ("sst2", 48), ("mr", 18), ("mr", 48)
+    ]  # fmt: skip
+    assert [b["name"] for b in found] == [
+        "two-icl-sst2-2+18", "two-icl-sst2-2+48", "two-icl-mr-2+18", "two-icl-mr-2+48", "lm-9+7", "lm-8+7"
+    ]  # fmt: skip
+    assert block["dataset"] == ["sst2", "mr"]
+
+
+class OutsideOfContext(SoftPromptFusion):
+    """Says that its memory takes no positions, as cross-attention does."""
+
+    in_context = False
+
+
+def test_memory_outside_of_the_context_needs_no_room_there(reading: Reading) -> None:
+    (reading.data / "long.txt").write_text(" ".join(passage.text for passage in PASSAGES * 6))
+    block = {"task": "lm", "texts": ["long.txt"], "encoded_tokens": 60, "text_tokens": 59, "scored": 9}
+    block |= {"name": "village", "methods": ["memory"], "top_k": 1}
+    inside, outside = with_context(tiny_model(), 60), with_context(tiny_model(), 60)
+    outside.generator.fusion = OutsideOfContext(outside.generator.fusion.config).eval()
+    with pytest.raises(InputError, match="leaves room for a passage"):
+        run(block, inside, reading)
+
+    def positions(model: EvalModel) -> list[int]:
+        """What memory takes of each prompt where the context has no room: what it is judged by does not matter."""
+        task = make_task(block, model, reading)
+        method = make_method("memory", model, {}, {})
+        method.prepare(task.asked)
+        found: list[int] = []
+
+        def judge(_: Any, some: Any, prompts: Any) -> list[dict[str, Any]]:
+            found.extend(prompt.memory_tokens for prompt in prompts)
+            return [{} for _ in some]
+
+        task.judge = judge  # type: ignore[method-assign]
+        room = {one.id: 0 for one in task.asked}
+        list(harness._answered(Cell("memory", rate=1.0), method, task, task.asked, room, 4, {}))
+        return found
+
+    assert set(positions(inside)) == {1}
+    assert min(positions(outside)) > 5
+
+
+def test_the_tables_of_the_paper_on_a_tiny_model(reading: Reading) -> None:
+    data = reading.data
+    for name in ("long", "contriever"):
+        (data / name).mkdir()
+    (data / "long" / "a.txt").write_text(" ".join(passage.text for passage in PASSAGES * 6))
+    ctxs = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
+    rows = [{"question": "when was it built?", "answers": ["1867"], "ctxs": ctxs} for _ in range(2)]
+    blocks = blocks_of(load_recipe("paper"))
+    assert [block["task"] for block in blocks] == ["lm"] * 3 + ["icl"] * 22 + ["qa"] * 9
+    smaller = {
+        "lm": {"encoded_tokens": 60, "text_tokens": 40, "scored": 12, "passage_tokens": 25, "limit": 2},
+        "icl": {"dataset": "sst2", "n_memory": 4, "seeds": [42], "limit": 2},
+        "qa": {"slow_fast": {"raw": 2}, "top_k": 4, "dataset": "contriever/nq.jsonl"},
+    }
+    write_rows(data / "contriever" / "nq.jsonl", rows)
+    model = tiny_model()
+    for block in (blocks[0], blocks[3], blocks[25], blocks[-1]):
+        result = run({**block, **smaller[block["task"]], "name": block["name"]}, model, reading)
+        wanted = {cell.method for cell in cells_of(block)}
+        assert {cell["method"] for cell in result["cells"]} == wanted
+        assert all(math.isfinite(cell[result["metrics"][0]]) for cell in result["cells"])
 
 
 def test_cells_of_a_block() -> None:

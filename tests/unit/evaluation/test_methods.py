@@ -133,6 +133,21 @@ def test_slow_fast_reads_the_best_passage_raw_and_the_others_as_memory(model: Ev
     assert memories_of(tight)
 
 
+def test_slow_fast_reads_as_many_raw_as_it_is_told_and_as_fit(model: EvalModel) -> None:
+    method = make_method("slow_fast", model, {}, {"raw": 2})
+    method.prepare(asked(passages=4))
+    raw = [model.raw_tokens(passage) for passage in PASSAGES]
+    prompt = method.prompt(PASSAGES[:4], "q", sum(raw[:2]) + 30)
+    assert all(passage.text in text_of(prompt) for passage in PASSAGES[:2])
+    assert len(memories_of(prompt)) == 2
+    fewer = method.prompt(PASSAGES[:4], "q", sum(raw[:2]) - 1)
+    assert PASSAGES[0].text in text_of(fewer)
+    assert PASSAGES[1].text not in text_of(fewer)
+    assert not memories_of(method.prompt(PASSAGES[:1], "q", 10_000))
+    with pytest.raises(ConfigError, match="raw of slow_fast must be 1 or more, got 0"):
+        make_method("slow_fast", model, {}, {"raw": 0})
+
+
 def test_joined_memory_is_one_of_all_passages_with_the_best_last(model: EvalModel) -> None:
     method = make_method("joined_memory", model, {}, {})
     questions = asked(passages=2)

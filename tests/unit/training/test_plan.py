@@ -77,7 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stage(name: str, kind: str, **settings: Any) -> dict[str, Any]:
-    size = {"batch": 3} if kind in ("align", "qa", "distill") else {"patches": 60}
+    size = {"batch": 3} if kind in ("align", "qa", "distill", "lm") else {"patches": 60}
     return {"name": name, "kind": kind, "steps": STEPS, "learning_rate": 1e-3, **size, **settings}
 
 
@@ -129,7 +129,15 @@ def continued(models: Path) -> dict[str, Any]:
     return {"start": {"checkpoint": str(models / "start")}, "stages": stages}
 
 
-RECIPES = {"embedded": embedded, "hub": hub, "continued": continued}
+def sequences(models: Path) -> dict[str, Any]:
+    """The paper's setting: what comes next, from plain text."""
+    pair = hub(models)
+    del pair["generator"]["lora"]
+    data = {"text": ["texts.jsonl"], "sequence": [60, 12]}
+    return {**pair, "data": data, "stages": [stage("lm", "lm", pve=PVE)]}
+
+
+RECIPES = {"embedded": embedded, "hub": hub, "continued": continued, "sequences": sequences}
 
 
 def planned(recipe: Mapping[str, Any], data: Path, output: Path, **options: Any) -> RunPlan:

@@ -432,6 +432,18 @@ def test_memories_of_texts_that_would_not_fit_are_coarsened_and_have_no_teacher(
     assert "apart" in model(**short)
 
 
+def test_memory_outside_of_the_context_keeps_its_latents() -> None:
+    model = model_of()
+    passages = tuple(Passage("the lake " * 400, title="bridge") for _ in range(3))
+    long = Example(passages, "when was it", "in 1867", raw=False)
+    assert any(int(at[-1]) + 1 < len(at) for at in model.batch([long], random.Random(0))["places"])
+    model.fusion.in_context = False  # as cross-attention's is
+    assert all(int(at[-1]) + 1 == len(at) for at in model.batch([long], random.Random(0))["places"])
+    model.lm.config.max_position_embeddings = 20  # its text must fit all the same
+    with pytest.raises(ConfigError, match=r"examples must fit 20 positions .* got 1 that do not"):
+        model.batch([long], random.Random(0))
+
+
 def test_what_is_too_long_to_be_read_raw_is_left_out() -> None:
     model = model_of()
     batch = model.batch([EXAMPLES[0], EXAMPLES[1], long_example(600, raw=True)], random.Random(0))

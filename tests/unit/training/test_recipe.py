@@ -162,7 +162,11 @@ def test_what_no_stage_would_read_is_refused(change: str, message: str) -> None:
         ("data.text=texts.jsonl", "data: text must be a list of texts, got 'texts.jsonl'"),
         ("generator.dtype=float8", "dtype must be one of float32, bfloat16, float16, got 'float8'"),
         ("generator.quantize=8bit", "generator: quantize must be one of 4bit, got '8bit'"),
-        ("stages.align.kind=read", "kind must be one of tower, lexical, align, qa, distill, got 'read'"),
+        ("stages.align.kind=read", "kind must be one of tower, lexical, align, qa, distill, lm, got 'read'"),
+        ("data.sequence=[4096]", "sequence must be tokens as memory and tokens to be told, such as [4096, 512], got"),
+        ("data.sequence=[4096, 0]", "sequence must be tokens as memory and tokens to be told"),
+        ("generator.fusion=deep", "fusion must be one of soft_prompt, cross_attention, got 'deep'"),
+        ("generator.every=0", "every must be a whole number above 0, got 0"),
         ("stages.align.name=distill", "names of their own, got distill, distill"),
         ("stages.align.steps=1.5", "steps must be a whole number above 0, got 1.5"),
         ("stages.align.steps=true", "steps must be a whole number above 0, got True"),
@@ -230,6 +234,12 @@ def test_a_recipe_needs_models_and_data(table: str) -> None:
         ),
         (["stages.distill.answers=0"], "the task answer needs [data.questions], or answers = N"),
         (["data={questions={'q.jsonl'=1.0}}"], "stage align: [data] must name text"),
+        (["data.sequence=[9, 3]"], "stage align: kind lm, and no other, needs [data] sequence"),
+        (["stages.align.kind=lm"], "stage align: kind lm, and no other, needs [data] sequence"),
+        (
+            ["data.sequence=[9, 3]", "stages.align.kind=lm", "generator={base='b', vocabulary=9}"],
+            "stage align: kind lm needs a pretrained generator",
+        ),
         # Batches without anything that learns.
         (["stages.distill.raw=0.2"], "raw must be 0 where train names none of generator, embeddings, lora, got 0.2"),
         (["stages.align.train=['resampler']", "stages.align.ideal=0.5"], "ideal must be 0 where train names none of"),
@@ -254,6 +264,16 @@ def test_settings_that_do_not_fit_each_other_are_refused(changes: list[str], mes
 )
 def test_settings_that_fit_pass(changes: list[str]) -> None:
     check_recipe(changed(*changes))
+
+
+def test_the_paper_is_followed() -> None:
+    recipe = load_recipe("paper")
+    (stage,) = recipe["stages"]
+    assert recipe["data"]["sequence"] == [4096, 512]
+    assert recipe["generator"]["fusion"] == "cross_attention"
+    assert (stage["steps"], stage["learning_rate"], stage["schedule"], stage["warmup"]) == (2000, 3e-4, "cosine", 0.04)
+    assert stage["pve"] == {"weight": 1.0, "mask": "frequency", "rate": 0.5, "temperature": 0.07}
+    assert recipe["trainer"]["adam_beta2"] == 0.999
 
 
 def test_a_tower_is_taught_only_where_it_is_fresh() -> None:

@@ -114,6 +114,29 @@ def answer(model: Path) -> str:
     return found.text
 
 
+# -------------------------------------------------------------------------------------------------- what comes next
+
+
+@pytest.mark.parametrize("fusion", ["soft_prompt", "cross_attention"])
+def test_a_pair_learns_what_comes_next(folder: Path, tmp_path: Path, fusion: str) -> None:
+    recipe = pair_recipe(folder / "tower", folder / "lm", stage("lm", pve=PVE, train=["resampler", "projector"]))
+    recipe["data"] = {"text": ["texts.jsonl"], "sequence": [60, 9]}
+    recipe["generator"]["fusion"] = fusion
+    run = RecipeRun(recipe, folder / "data", tmp_path / "look")
+    compressor, generator = run.parts()
+    model = run_module.reading_model(recipe["stages"][0], compressor, generator, None)
+    drawn = run.examples(recipe["stages"][0], list)(random.Random(0))
+    assert {(one.passages[0].text, one.target) for one in drawn} <= {(one.shown, one.told) for one in run.texts()}
+    targets = model.batch(drawn, random.Random(0))["targets"]
+    assert len(targets) == 2
+    for one, target in zip(drawn, targets, strict=True):
+        assert torch.equal(target, generator.tokenize(f" {one.target}"))  # a sequence that was cut does not end
+    model_folder, seen = run_watched(recipe, folder / "data", tmp_path / "run")
+    assert {name.partition(".")[0] for name in seen["lm"].changed} == {"compressor", "fusion"}
+    assert "pve" in log_of(tmp_path / "run" / "lm")[-1]
+    assert answer(model_folder) is not None
+
+
 # ---------------------------------------------------------------------------------------------------- a pair of the hub
 
 
