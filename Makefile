@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## Index the bundled corpus, compress it, ask it quest
 
 # Processes of one thread each: two of several threads slow each other down. Files stay whole, for what they share.
 test: $(VENV)/.installed-dev  ## The test suite; make test ARGS="-k layout" passes arguments on
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # No cache for lint-imports: it keeps what it resolved when a module was still missing.
 lint: $(VENV)/.installed-dev  ## Style, types, layers, spelling

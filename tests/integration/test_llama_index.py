@@ -615,7 +615,7 @@ async def test_many_at_once_answer_alike_and_leave_the_loop_free(
         assert [str(response) for response in together] == alone
         worst.append(max(gaps))
     assert len(gaps) > 5
-    assert min(worst) < 0.05, worst
+    assert min(worst) < 0.2, worst  # a loop that waits for them stands still for a second
 
 
 async def test_streams_leave_the_loop_free(index: PassageIndex, llm: VistLLM) -> None:

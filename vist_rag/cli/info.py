@@ -89,7 +89,7 @@ def _show(report: dict[str, Any]) -> None:
         ("machine", ", ".join(f"{name} {value}" for name, value in report["machine"].items())),
         ("checkpoint", checkpoint["directory"]),
         ("  fingerprint", checkpoint["fingerprint"]),
-        ("  memory enters by", checkpoint["fusion"].replace("_", " ")),
+        ("  fusion", checkpoint["fusion"].replace("_", " ")),
         ("  size", ", ".join(f"{part} {n / 1e6:.1f} MB" for part, n in checkpoint["bytes"].items())),
         ("  parameters", ", ".join(f"{name} {n / 1e6:.2f} M" for name, n in checkpoint["parameters"].items())),
         ("  page", ", ".join(f"{name} {value}" for name, value in checkpoint["page"].items())),
