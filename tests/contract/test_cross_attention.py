@@ -351,6 +351,10 @@ def test_a_fusion_is_saved_and_loaded_beside_its_model(tmp_path: Path, family: s
     loaded = VistGenerator.from_pretrained(tmp_path / "generator", fusion=tmp_path / "fusion", device="cpu")
     assert isinstance(loaded.fusion, CrossAttentionFusion)
     assert loaded.fusion.config == fusion.config
+    paths: dict[str, Any] = {"fusion": tmp_path / "fusion", "device": "cpu", "dtype": torch.bfloat16}
+    half = VistGenerator.from_pretrained(tmp_path / "generator", **paths)
+    assert {weight.dtype for weight in half.fusion.parameters()} == {torch.bfloat16}
+    assert (logits(half, reading(5)) - logits(half, TEXT)).abs().max() > 1e-2
     torch.testing.assert_close(logits(loaded, reading(5)), logits(generator, reading(5)), atol=1e-4, rtol=1e-4)
     with pytest.raises(IncompatibleMemoryError):
         loaded.generate([Prompt((MemorySegment(VisualMemory(memory(3).latents, "another")), QUESTION))])

@@ -135,6 +135,8 @@ class VistGenerator:
         except Exception as error:  # torn weights, a torn tokenizer and bad JSON each raise a class of their own
             raise CheckpointError(f"generator {model} cannot be loaded ({error}); restore its files.") from error
         read = load_fusion(fusion) if fusion else None
+        if read is not None and not read.in_context:
+            read = read.to(dtype)  # every layer multiplies by it
         return cls(cast(Any, lm).to(device), tokenizer, read, prefix_cache_bytes=prefix_cache_bytes)
 
     @property
