@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: byte code is written for what is imported, not for the thousands of modules that never are.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -c constraints.txt
-DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray,remote,dev
+DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray,remote,serve,notebooks,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
