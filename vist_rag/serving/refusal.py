@@ -83,6 +83,8 @@ def _of_wrong_field(errors: Sequence[Mapping[str, Any]]) -> Refusal:
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in where).lstrip(".") or "body"
     if first["type"] == "missing":
         return Refusal(400, f"{param} must be given, got nothing.", param=param)
+    if first["type"] == "extra_forbidden":
+        return Refusal(400, f"{param} is not among the fields that are known here; leave it out.", param=param)
     if param == "body":
         return Refusal(400, "body must be a JSON object, with Content-Type: application/json.", param=param)
     got = repr(first["input"])
