@@ -82,9 +82,8 @@ def make_index(directory: Path, count: int) -> list[str]:
 
 
 @contextmanager
-def running(index: Path, log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def running(command: Sequence[str], log: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server as a process, and its URL."""
-    command = [sys.executable, "-m", "vist_rag.cli", "serve", "--index", str(index), "--port", "0"]
     environment = {**os.environ, "VIST_RAG_API_KEY": KEY}
     with log.open("w") as errors:
         server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -178,10 +177,18 @@ def be_rude(url: str, question: str, seen: Seen) -> None:
         time.sleep(0.1)
 
 
-def load(seconds: float, clients: int, index: Path, questions: Sequence[str], log: Path) -> dict[str, Any]:
-    """Serve, ask alone, ask together for so long, stop; what was seen."""
+def load(seconds: float, clients: int, command: Sequence[str], questions: Sequence[str], log: Path) -> dict[str, Any]:
+    """Serve, ask alone, ask together for so long, stop; what was seen.
+
+    Args:
+        seconds: Until the signal.
+        clients: Polite ones.
+        command: Starts the server.
+        questions: What is asked.
+        log: Where the server's errors go.
+    """
     seen, ways = Seen(), (False, True)
-    with running(index, log) as (server, url):
+    with running(command, log) as (server, url):
         alone = client_of(url)
         known = {(question, stream): ask(alone, question, stream=stream) for question in questions for stream in ways}
         polite = [threading.Thread(target=be_polite, args=(n, url, known, seen), daemon=True) for n in range(clients)]
@@ -243,7 +250,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         index = Path(directory, "index")
         questions = make_index(index, arguments.questions)
-        result = load(arguments.seconds, arguments.clients, index, questions, Path(directory, "server.log"))
+        serve = [sys.executable, "-m", "vist_rag.cli", "serve", "--index", str(index), "--port", "0"]
+        result = load(arguments.seconds, arguments.clients, serve, questions, Path(directory, "server.log"))
     command = "python benchmarks/serve_load.py --seconds 60 --json"
     document = {"benchmark": "serve_load", **run_facts(command), **result}
     if arguments.output:

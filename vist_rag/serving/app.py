@@ -24,8 +24,8 @@ from vist_rag.types import Answer
 
 Whole = TypeVar("Whole")
 
-OPEN_PATHS = ("/", "/health")
-"""Asked for without a key: the page itself, which shows nothing of the index, and whether the server is up."""
+OPEN_PATHS = ("/", "/page.css", "/page.js", "/health")
+"""Asked for without a key: a page, before it has shown anything of the index, and whether the server is up."""
 
 
 def create_app(
