@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -212,7 +213,6 @@ def test_a_conversation_is_read_whole_and_searched_by_its_last_question(url: str
         (asking("who", stop=[""]), 400, "stop must be a list of strings"),
         (asking("w" * 20_001), 400, "20,000"),
         (asking("the sea " * 2_000), 400, "must fit 512 positions"),
-        (asking("\ud800"), 400, "messages"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -223,6 +223,11 @@ def test_what_is_wrong_is_told_as_openai_does(url: str, body: Any, status: int, 
     assert got == status, document
     assert set(document["error"]) == {"message", "type", "param", "code"}
     assert said in document["error"]["message"]
+
+
+def test_half_a_character_is_read_like_any_other(url: str) -> None:
+    status, _, document = post(url, asking("\ud83c who built the old bridge"))
+    assert (status, document["choices"][0]["message"]["citations"][0]["id"]) == (200, "p0")
 
 
 def test_a_key_is_asked_for_and_never_shown(rag: VistRAG, caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
@@ -320,6 +325,7 @@ def test_metrics_add_up_to_what_was_answered(rag: VistRAG) -> None:
     assert told["vist_rag_first_token_seconds_count"] == "1.0"
 
 
+@pytest.mark.slow
 def test_under_load_and_sigterm_no_answer_is_lost_or_mixed_up(
     checkpoint: Path, directory: Path, rag: VistRAG, tmp_path: Path
 ) -> None:
