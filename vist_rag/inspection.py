@@ -70,7 +70,10 @@ def view_memory(compressor: PassageCompressor, text: str) -> MemoryView:
     """
     pages = compressor.renderer.render([text])
     s, window = pages.patch_mask.shape[1], compressor.window
-    page_of, windows, attention, to_latents = [], [], [], []
+    page_of: list[NDArray[np.int64]] = []
+    windows: list[Floats] = []
+    attention: list[Floats] = []
+    to_latents: list[Floats] = []
     for page in range(len(pages)):
         weights = compressor.attention(pages, page).mean((0, 1)).numpy()  # [n, s + n]
         own = np.arange(s) // window == np.arange(len(weights))[:, None]
@@ -175,8 +178,7 @@ class PassageView:
         found = []
         for page in range(len(pages)):
             used = max(1, int(pages.patch_mask[page].sum()))
-            left, top, width, height = boxes[0].tolist()
-            bottom = int(boxes[used - 1][1]) + height + top
+            bottom = int(boxes[used - 1, 1] + boxes[0, 3] + boxes[0, 1])  # the last row and the gap below it
             image = pages.to_image(page, scale=_SCALE)
             image = image.crop((0, 0, image.width, bottom))  # rows without text are left out
             file = io.BytesIO()

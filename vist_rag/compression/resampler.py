@@ -36,10 +36,11 @@ class PerceiverBlock(nn.Module):
         return latents + fed
 
     def attention(self, latents: Tensor, features: Tensor, mask: Tensor) -> Tensor:
-        """The weights that ``forward`` reads with, which its fused attention does not tell: ``[p, heads, n, s + n]``."""
+        """The weights that ``forward`` reads with, which fused attention does not tell: ``[p, heads, n, s + n]``."""
         q, k, _ = self._heads(latents, features)
         scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
-        return scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        weights: Tensor = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        return weights
 
     def _heads(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of the latents, keys and values of features and latents: ``[p, heads, ..., d / heads]`` each."""

@@ -15,7 +15,7 @@ from vist_rag.generation.generator import VistGenerator
 from vist_rag.generation.prompt import Prompt
 
 LAST_LAYERS = 4
-"""Layers whose self-attention is averaged; earlier ones look at neighbours and at the beginning more than at content."""
+"""Layers whose self-attention is averaged: the last ones."""
 
 Looked = Literal["copied", "attended"]
 
