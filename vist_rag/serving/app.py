@@ -26,8 +26,8 @@ from vist_rag.types import Answer
 
 Whole = TypeVar("Whole")
 
-OPEN_PATHS = ("/", "/page.css", "/page.js", "/health")
-"""Asked for without a key: a page, before it has shown anything of the index, and whether the server is up."""
+OPEN_PATHS = ("/health", *PAGE_PATHS)
+"""Asked for without a key: whether the server is up, and the page itself, which shows nothing of the index."""
 
 
 def create_app(
