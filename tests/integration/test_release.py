@@ -102,6 +102,7 @@ def test_the_sdist_has_what_tests_and_documentation_need(sdist: set[str]) -> Non
 
 def test_metadata_is_valid_and_complete(metadata: Metadata, wheel: zipfile.ZipFile) -> None:
     assert (metadata.name, str(metadata.version)) == ("vist-rag", PROJECT["version"])
+    assert metadata.metadata_version == "2.4"
     assert metadata.license_expression == "Apache-2.0 AND OFL-1.1"
     assert metadata.license_files == ["LICENSE", "NOTICE"]
     assert not any(line.startswith("License ::") for line in metadata.classifiers)  # the expression says it
