@@ -47,7 +47,9 @@ class VistRAG(VistReader):
     ) -> None:
         super().__init__(compressor, generator, index=index, **settings)
         self._questions: MicroBatcher[tuple[str, Budget, How], Answer] = MicroBatcher(
-            lambda asked: self._answer_batch([question for question, _, _ in asked], *asked[0][1:]),
+            lambda asked: self.answer_batch(
+                [question for question, _, _ in asked], budget=asked[0][1], **asked[0][2].as_asked()
+            ),
             max_batch_size=self._batcher.max_batch_size,
             max_wait_ms=self._batcher.max_wait_ms,
         )
@@ -101,10 +103,7 @@ class VistRAG(VistReader):
         self, questions: Sequence[str], *, budget: Budget | None = None, **how: Unpack[Asking]
     ) -> list[Answer]:
         """Answer questions together: one search, one generation, one seed; errors as ``answer``."""
-        return self._answer_batch(questions, budget or self.budget, self._how(**how))
-
-    def _answer_batch(self, questions: Sequence[str], budget: Budget, how: How) -> list[Answer]:
-        clock = _Clock()
+        budget, clock = budget or self.budget, _Clock()
         with clock("search"):
             hits = self.index.search_batch(questions, budget.top_k)
             plans = [self.plan(some, budget) for some in hits]
@@ -115,7 +114,7 @@ class VistRAG(VistReader):
             for question, plan, read in zip(questions, plans, memories, strict=True)
         ]
         with clock("generate"):
-            generations = self.generator.generate(prompts, **how.arguments())
+            generations = self.generator.generate(prompts, **self._how(**how).arguments())
         timings = clock.timings_ms()
         return [
             self._answer(question, generation, plan, prompt, timings)
