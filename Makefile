@@ -10,7 +10,7 @@ DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs dist clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build
 	@$(BIN)/sphinx-build -C -W --keep-going -q -b html -D extensions=myst_parser -D html_theme=furo \
 		-D project=vist-rag -D suppress_warnings=toc.not_included docs docs/_build
 	@echo "docs/_build/index.html"
+
+# The wheel is installed into an environment of its own, without the checkout: what users will have.
+dist: $(VENV)/.installed-dev  ## Wheel and sdist, in dist/, installed into a clean environment and tried there
+	@$(BIN)/python .ci/dist.py $(ARGS)
 
 clean:  ## Remove .venv and whatever was built or cached
 	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -118,10 +118,6 @@ class How(NamedTuple):
         """Equal for calls that may share a pass. What is sampled is alone: a seed says the same in any company."""
         return object() if self.sampling.temperature else (self.max_new_tokens, self.stop)
 
-    def as_asked(self) -> Asking:
-        """The same as it is asked for."""
-        return Asking(max_new_tokens=self.max_new_tokens, stop=self.stop, sampling=self.sampling)
-
     def arguments(self) -> dict[str, Any]:
         """For the generator."""
         processors = self.sampling.processors()
