@@ -94,7 +94,8 @@ def _chat(rag: VistRAG, model_name: str, limits: Limits, metrics: Metrics) -> AP
 
     @router.post(CHAT_PATH)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        begin = time.monotonic()
+        clock = asyncio.get_running_loop().time
+        begin = clock()
         _check_model(body.model, model_name)
         asked = Asked.of(body, rag, limits)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
@@ -122,8 +123,8 @@ def _chat(rag: VistRAG, model_name: str, limits: Limits, metrics: Metrics) -> AP
         events = documents()
         # What goes wrong before the first piece is told by the status.
         first = await _while_listened(request, anext(events), limits.timeout_s)
-        metrics.first_token_seconds.observe(time.monotonic() - begin)
-        return EventStream(first, events, asyncio.get_running_loop().time() + limits.timeout_s)
+        metrics.first_token_seconds.observe(clock() - begin)
+        return EventStream(first, events, begin + limits.timeout_s)
 
     return router
 
