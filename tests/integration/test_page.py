@@ -270,7 +270,9 @@ def test_one_file_shows_the_same_without_a_server(browser: Any, rag: VistRAG, tm
     assert HOSTILE in page.locator("#passages").text_content()
     assert page.evaluate("window.broken") is None
     assert not page.locator("#ask").is_visible()
-    assert page.evaluate("getComputedStyle(document.querySelector('mark')).borderRadius") != "0px"  # the style is let in
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('mark')).borderRadius") != "0px"
+    )  # the style is let in
     assert violations(page) == []
     assert said == []
     assert [url.partition(":")[0] for url in asked] == ["file", *["data"] * (len(asked) - 1)]
