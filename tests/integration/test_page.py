@@ -19,10 +19,15 @@ from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Passage
 
 CHROMIUM = Path("/usr/bin/chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -201,7 +206,7 @@ def test_a_narrow_screen_is_not_scrolled_sideways(page: Page) -> None:
     page.get_by_text("Budget and key").click()
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     for box in (one.bounding_box() for one in page.get_by_role("img").all()):
-        assert 0 <= box["x"]
+        assert box["x"] >= 0
         assert box["x"] + box["width"] <= 360
 
 
