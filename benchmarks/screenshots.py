@@ -22,7 +22,7 @@ from fastapi import FastAPI
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from vist_rag import Passage, PassageIndex, VistRAG
+from vist_rag import Budget, Passage, PassageIndex, VistRAG
 from vist_rag.serving.page import page_router
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ SHOTS = {
     "inspect-dark": {"viewport": {"width": 880, "height": 900}, "color_scheme": "dark"},
     "inspect-narrow": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light"},
 }
-COLOURS = 96
+PASSAGES, COLOURS = 2, 96
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
@@ -59,7 +59,7 @@ def shoot(browser: Browser, url: str, name: str, file: Path) -> None:
     page.goto(url)
     page.fill("#question", QUESTION)
     page.click("summary")
-    page.fill("#k_memory", "2")
+    page.fill("#k_memory", str(PASSAGES))
     page.click("summary")
     page.click("#send")
     page.wait_for_selector("#result:not([hidden])")
@@ -81,8 +81,10 @@ def main() -> None:
     with TemporaryDirectory() as made, PassageIndex.open(given.index or Path(made) / "index") as index:
         rows = map(json.loads, CORPUS.read_text(encoding="utf-8").splitlines())
         index.add([Passage(row["text"], title=row["title"]) for row in rows])
+        rag = VistRAG.from_pretrained(None, index, device="cpu")
+        rag.answer(QUESTION, budget=Budget(k_memory=PASSAGES))  # the first answer loads the embedder
         app = FastAPI()
-        app.include_router(page_router(VistRAG.from_pretrained(None, index, device="cpu")))
+        app.include_router(page_router(rag))
         with served(app) as url, sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=given.chromium, args=FLAGS)
             for name in given.only:

@@ -163,6 +163,7 @@ def test_a_question_is_typed_and_its_answer_is_seen(page: Page, rag: VistRAG) ->
     # What stands in a passage is text.
     second = page.locator("#passages li").nth(1)
     assert HOSTILE in str(second.locator(".text").text_content())
+    assert second.locator("rect").count() < heated.count()  # one scale for all passages
     assert second.locator("h3").text_content() == "<b>Ferrow market</b>"
     assert page.evaluate("window.broken") is None
     assert page.locator("#passages script, #passages img[src=x]").count() == 0
