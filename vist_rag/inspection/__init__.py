@@ -1,4 +1,4 @@
-"""What stands behind an answer: pages, what each latent looked at, what the answer looked at; a page of HTML."""
+"""What stands behind an answer: its pages, where each latent looked, where the answer did; as a page of HTML, too."""
 
 from vist_rag.inspection.answer import Inspection, PassageView, Word, inspect_answer
 from vist_rag.inspection.memory import MemoryView, view_memory

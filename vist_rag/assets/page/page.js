@@ -106,11 +106,12 @@ function sheet(passage, page, number, strongest) {
     const [x, y, width, height] = page.boxes[i];
     heat.append(drawn("rect", { x, y, width, height, "fill-opacity": (0.15 + 0.7 * Math.sqrt(strength)).toFixed(3) }));
   });
-  const caption = `${which} as the model sees it${words ? ": the stronger the colour, the more the answer looked there" : ""}.`;
+  const told = heat.childElementCount ? ": the stronger the colour, the more the answer looked there" : "";
+  const caption = `${which} as the model sees it${told}.`;
   return element("figure", {}, element("div", { class: "sheet" }, picture, heat), element("figcaption", {}, caption));
 }
 
-function shown(passage, looked, guarded) {
+function shown(passage, looked, guarded, strongest) {
   const name = passage.title || passage.source || passage.id;
   const memory = passage.mode === "memory";
   const facts = [
@@ -126,8 +127,7 @@ function shown(passage, looked, guarded) {
   item.append(cited(passage));
   const words = lookedAt(passage);
   if (words) item.append(element("p", { class: "facts" }, `Looked at most: ${words}.`));
-  const strongest = Math.max(0, ...passage.pages.flatMap((page) => page.attention));
-  passage.pages.forEach((page, i) => item.append(sheet(passage, page, i + 1, passage.share < 0.02 ? 0 : strongest)));
+  passage.pages.forEach((page, i) => item.append(sheet(passage, page, i + 1, strongest)));
   return item;
 }
 
@@ -138,8 +138,10 @@ function show(found) {
   showCosts(found.memory, found.raw);
   const elsewhere = found.looked !== "unknown" ? ` ${percent(found.elsewhere)} of it went elsewhere than to the passages.` : "";
   $("looked").textContent = LOOKED[found.looked] + elsewhere;
+  // One scale for all passages, so that the one that was looked at stands out.
+  const strongest = Math.max(0, ...found.passages.flatMap(({ pages }) => pages.flatMap((page) => page.attention)));
   $("passages").replaceChildren(
-    ...found.passages.map((passage) => shown(passage, found.looked, found.memory.guarded[passage.id])),
+    ...found.passages.map((passage) => shown(passage, found.looked, found.memory.guarded[passage.id], strongest)),
   );
   $("result").hidden = false;
 }
