@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -98,10 +99,23 @@ class VistRAG(VistReader):
 
     def answer_batch(self, questions: Sequence[str], *, budget: Budget | None = None) -> list[Answer]:
         """Answer questions together: one search, one generation; errors as ``answer``."""
+        return [trace.answer for trace in self.trace_batch(questions, budget=budget)]
+
+    def trace_batch(
+        self, questions: Sequence[str], *, budget: Budget | None = None, plans: Sequence[Plan] | None = None
+    ) -> list[Trace]:
+        """As ``answer_batch``, each answer with what led to it.
+
+        Args:
+            questions: What is asked.
+            budget: For these questions; None means the pipeline's.
+            plans: How each question's passages are read; None: what the search finds, by the budget.
+        """
         budget, clock = budget or self.budget, _Clock()
         with clock("search"):
-            hits = self.index.search_batch(questions, budget.top_k)
-            plans = [self.plan(some, budget) for some in hits]
+            if plans is None:
+                hits = self.index.search_batch(questions, budget.top_k)
+                plans = [self.plan(some, budget) for some in hits]
         with clock("memory"):
             memories = self.memories(plans)
         prompts = [
@@ -112,7 +126,7 @@ class VistRAG(VistReader):
             generations = self.generator.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
         timings = clock.timings_ms()
         return [
-            self._answer(question, generation, plan, prompt, timings)
+            Trace(self._answer(question, generation, plan, prompt, timings), plan, prompt, generation)
             for question, generation, plan, prompt in zip(questions, generations, plans, prompts, strict=True)
         ]
 
@@ -153,6 +167,23 @@ class VistRAG(VistReader):
         guarded = {one.hit.passage.id: one.reason for one in plan.guarded}
         usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens, plan.limit, guarded)
         return Answer(question, text, citations, usage, timings_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """An answer, with what led to it.
+
+    Attributes:
+        answer: The answer.
+        plan: How the passages were read.
+        prompt: What the generator was asked.
+        generation: What it said.
+    """
+
+    answer: Answer
+    plan: Plan
+    prompt: Prompt
+    generation: Generation
 
 
 class AnswerStream:
@@ -227,4 +258,4 @@ class _Clock:
         return {**self._stages, "total": (time.perf_counter() - self._begin) * 1000}
 
 
-__all__ = ["AnswerStream", "VistRAG", "compress", "encode_lacking"]
+__all__ = ["AnswerStream", "Trace", "VistRAG", "compress", "encode_lacking"]
