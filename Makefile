@@ -10,10 +10,10 @@ DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs notebooks clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## Index the bundled corpus, compress it, ask it questions: offline, on any machine
 	@$(BIN)/vist-rag demo
@@ -34,6 +34,17 @@ docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build
 	@$(BIN)/sphinx-build -C -W --keep-going -q -b html -D extensions=myst_parser -D html_theme=furo \
 		-D project=vist-rag -D suppress_warnings=toc.not_included docs docs/_build
 	@echo "docs/_build/index.html"
+
+# One kernel after another, offline; the first cell that fails ends it.
+notebooks: $(VENV)/.installed-dev  ## Execute every notebook, into docs/_build/notebooks
+	@mkdir -p docs/_build/notebooks
+	@for notebook in notebooks/*.py; do \
+		out=docs/_build/notebooks/$$(basename $$notebook .py).ipynb; begin=$$(date +%s); \
+		$(BIN)/jupytext --quiet --to ipynb --output $$out $$notebook \
+			&& OMP_NUM_THREADS=1 $(BIN)/jupyter-execute --JupyterApp.log_level=WARN --timeout=600 --inplace $$out \
+			|| exit 1; \
+		echo "$$out  $$(($$(date +%s) - begin)) s"; \
+	done
 
 clean:  ## Remove .venv and whatever was built or cached
 	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

