@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,24 +74,31 @@ class BandAttention:
 
 
 def attention_by_band(
-    compressor: PassageCompressor, texts: Sequence[str], bands: WordBands, *, seed: int = 0
+    compressor: PassageCompressor,
+    texts: Sequence[str],
+    bands: WordBands,
+    *,
+    letters: tuple[int, int] | None = None,
+    seed: int = 0,
 ) -> list[BandAttention]:
     """How much of the latents' attention goes to words of each band, the rarest first.
 
     Attention is that of all latents of a text to its patches, the mean over layers and heads; a patch divides what it
-    has evenly among its characters, and a text counts by the patches that it takes. Spaces and punctuation are left out of both shares.
+    has evenly among its characters; a text counts by the patches that it takes. Spaces and punctuation are left out.
 
     Args:
         compressor: Whose resampler attends.
         texts: What is compressed.
         bands: How often words occur.
+        letters: Look at words of so many characters only, the least and the most, since common words are short ones;
+            None: at all.
         seed: Of the bootstrap.
     Returns:
         A row for each band that has a word in the texts.
     Raises:
         InputError: If no text has a word.
     """
-    found = [_shares(compressor, text, bands) for text in texts]
+    found = [_shares(compressor, text, bands, letters or (1, sys.maxsize)) for text in texts]
     attention, area, counts = (np.array([row[i] for row in found]).reshape(len(found), -1) for i in range(3))
     if not counts.sum():
         raise InputError(f"texts must hold at least one word, got {len(texts)} texts without any.")
@@ -113,7 +121,9 @@ def attention_by_band(
     return rows
 
 
-def _shares(compressor: PassageCompressor, text: str, bands: WordBands) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shares(
+    compressor: PassageCompressor, text: str, bands: WordBands, letters: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attention, patches and number of the words of each band in one text, ``[bands]`` each."""
     view = view_memory(compressor, text)
     patches = view.pages.patch_mask.cpu().numpy().reshape(-1).astype(np.float32)
@@ -122,6 +132,8 @@ def _shares(compressor: PassageCompressor, text: str, bands: WordBands) -> tuple
     given, room = view.characters(given / given.sum() * patches.sum()), view.characters(patches)
     attention, area, counts = np.zeros((3, len(bands.names)))
     for start, end in words(text):
+        if not letters[0] <= end - start <= letters[1]:
+            continue
         i = bands.names.index(bands.band(text[start:end]))
         attention[i] += given[start:end].sum()
         area[i] += room[start:end].sum()

@@ -1,4 +1,4 @@
-"""Attention by how often a word occurs: against one that looks everywhere alike, and against shares added up by hand."""
+"""Attention by how often a word occurs: against one that looks everywhere alike, and shares added up by hand."""
 
 from __future__ import annotations
 
@@ -45,6 +45,12 @@ def test_shares_are_those_of_the_characters_of_a_bands_words() -> None:
     assert abs(rows["4+"].ratio - 1) > 0.01
     assert sum(row.attention for row in rows.values()) == pytest.approx(1)
     assert sum(row.area for row in rows.values()) == pytest.approx(1)
+
+
+def test_words_of_another_length_are_left_out() -> None:
+    rows = attention_by_band(tiny_compressor(), TEXTS, BANDS, letters=(5, 6))
+    assert [(row.band, row.words) for row in rows] == [("1", 3), ("2-3", 2)]  # built, Marie, bridge; river twice
+    assert sum(row.attention for row in rows) == pytest.approx(1)
 
 
 def test_texts_without_a_word_are_refused() -> None:
