@@ -169,10 +169,10 @@ with PassageIndex.open(home / "my-index") as again:
 #
 # - A passage costs less than half of the positions as memory, and the number is known before anything is encoded.
 # - Six questions on four short passages are an example, not a measurement: how many answers memory costs is measured
-#   in [Open-domain question answering](04_open_domain_qa).
+#   in [Open-domain question answering](04_open_domain_qa.py).
 # - The embedded model is small enough to ship in the package. It copies short answers and knows nothing by heart. For
-#   work, teach a compressor to the model that you run: [Train your own](05_train_your_own).
+#   work, teach a compressor to the model that you run: [Train your own](05_train_your_own.py).
 # - `guard="off"` lets it read every passage as memory. By default, passages that it would misread (serial numbers,
 #   codes, rare names) are read as text, which you want in earnest.
 #
-# Next: [LangChain](02_langchain), [LlamaIndex](03_llama_index), [Inside a memory](06_inside_a_memory).
+# Next: [LangChain](02_langchain.py), [LlamaIndex](03_llama_index.py), [Inside a memory](06_inside_a_memory.py).

@@ -184,6 +184,6 @@ print(chain.invoke(questions[0]).content)
 #
 # - One object is added to a chain; documents keep their text, ids, scores and metadata, so citations go on working.
 # - `usage_metadata` counts what was read, and tells memory from text.
-# - Five questions measure nothing. [Open-domain question answering](04_open_domain_qa) does, with intervals.
+# - Five questions measure nothing. [Open-domain question answering](04_open_domain_qa.py) does, with intervals.
 # - The embedded model answers single questions from passages. Agents and conversations need a checkpoint of your own
-#   over a chat model ([Train your own](05_train_your_own)).
+#   over a chat model ([Train your own](05_train_your_own.py)).

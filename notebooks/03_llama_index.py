@@ -184,6 +184,6 @@ print(kept.as_query_engine(**reads, node_postprocessors=[post]).query(questions[
 # - A postprocessor and an LLM are all that changes; nodes keep their text, scores and metadata, and other LLMs get
 #   text.
 # - A memory takes about a third of the positions of its text, whatever is asked, and the number is known ahead.
-# - Five questions measure nothing. [Open-domain question answering](04_open_domain_qa) does, with intervals.
+# - Five questions measure nothing. [Open-domain question answering](04_open_domain_qa.py) does, with intervals.
 # - The embedded model answers single questions from passages. Chat engines need a checkpoint of your own over a chat
-#   model ([Train your own](05_train_your_own)).
+#   model ([Train your own](05_train_your_own.py)).
