@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # LangChain: the same chain, fewer tokens
 #
 # You have a chain: a retriever finds documents, their text goes into a prompt, a model answers. This notebook puts
@@ -160,11 +159,11 @@ print(ready.invoke("Who found the comet of 1932?").content)
 # ## A limit
 #
 # A `Budget` tells the compressor how many documents are read which way, or how much they may take together. Three
-# documents in at most 40 positions:
+# documents in at most 60 positions:
 
 # %%
 three = store.as_retriever(search_kwargs={"k": 3})
-tight = VistDocumentCompressor(llm=llm, budget=Budget(k_memory=3, tokens=40, policy="by_rank"))
+tight = VistDocumentCompressor(llm=llm, budget=Budget(k_memory=3, tokens=60, policy="by_rank"))
 found = (with_query(three) | tight).invoke(questions[1])["documents"]
 print([document.metadata["vist_latents"] for document in found], "positions, and the frame around each")
 

@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # LlamaIndex: the same query engine, fewer tokens
 #
 # You have a `VectorStoreIndex` and a query engine. This notebook gives it an LLM that reads nodes as memory, and a
@@ -159,10 +158,10 @@ print(engine.query(questions[3]))
 # ## A limit
 #
 # A `Budget` tells how many nodes are read which way, or how much they may take together: here three nodes in at most
-# 40 positions. Nodes beyond a budget are left out.
+# 60 positions. Nodes beyond a budget are left out.
 
 # %%
-tight = VistPostprocessor(llm=llm, budget=Budget(k_memory=3, tokens=40, policy="by_rank"))
+tight = VistPostprocessor(llm=llm, budget=Budget(k_memory=3, tokens=60, policy="by_rank"))
 three = tight.postprocess_nodes(index.as_retriever(similarity_top_k=3).retrieve(questions[1]))
 print([one.metadata["vist_latents"] for one in three], "positions, and the frame around each")
 

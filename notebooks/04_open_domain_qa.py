@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Open-domain question answering: exact match against tokens
 #
 # What does memory cost in right answers, and what does it save in tokens? This notebook asks a small slice of

@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Train your own: a compressor for another generator
 #
 # A compressor is taught to *one* language model: the projector between them has to speak the words of that model.
@@ -107,6 +106,7 @@ llama = LlamaForCausalLM(
         num_attention_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=True,
+        initializer_range=0.2,  # words that differ from the start, since there is no time to drive them apart
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -156,12 +156,13 @@ checkpoint = "{start}"
 measure = false
 
 [trainer]
-logging_steps = 10
+logging_steps = 5
+adam_beta2 = 0.95
 
 [[stages]]
 name = "school"
 kind = "qa"
-steps = 300
+steps = 100
 batch = 32
 learning_rate = 3e-3
 ideal = 1.0

@@ -13,7 +13,6 @@
 # ---
 
 # %% [markdown]
-# %% [markdown]
 # # Inside a memory: what it was made of, and which words survive
 #
 # A memory is a list of vectors. This notebook looks inside: the page that was rendered, where each latent looked on

@@ -31,7 +31,7 @@ ROOMS = {"checkpoint", "compression", "config", "evaluation", "generation", "ins
 """Of ``vist_rag``, what notebooks may open besides the package itself: what the documentation's reference names."""
 LONGEST_DEFINITION = 6
 """Lines; what is longer belongs in the library."""
-LONGEST_CELL = 40
+LONGEST_CELL = 45
 
 
 def cells(notebook: Path, kind: str) -> list[str]:
