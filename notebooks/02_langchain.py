@@ -48,7 +48,7 @@ from vist_rag import Budget
 
 # %%
 handbook = """
-The observatory on Mount Calder was opened in 1931 by Ines Varga. It stands at 2,140 metres, above the clouds
+The observatory on Mount Calder was opened in 1931 by Vera Varga. It stands at 2,140 metres, above the clouds
 for two hundred nights a year, and can be reached by a cable car that was built for a copper mine.
 
 The large telescope of Mount Calder has a mirror of 90 centimetres. It was ground by hand in the valley below,
@@ -57,7 +57,7 @@ where the workshop can still be visited. The mirror is washed with distilled wat
 Guests are welcome on Fridays from eight in the evening until midnight. Torches must be red, since white light
 blinds everyone for a quarter of an hour. Whoever forgets this pays for a round of cocoa.
 
-The library of the observatory holds nine thousand glass plates. The oldest shows the comet of 1932, which Ines
+The library of the observatory holds nine thousand glass plates. The oldest shows the comet of 1932, which Vera
 Varga found while she was looking for a lost dog with a pair of field glasses.
 
 The kitchen is run by Tomas Brell, who bakes rye bread at three in the morning, when observers are hungriest.
