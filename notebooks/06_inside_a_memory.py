@@ -197,7 +197,7 @@ plt.show()
 # hundred are.*
 #
 # Nothing is left out: function words come back as well as content words, and what is lost is lost among the rare
-# ones, names first. That is a text packed tightly, with slips of the pen, and no summary.
+# ones. That is a text packed tightly, with slips of the pen, and no summary.
 #
 # ## Where an answer looks
 #
