@@ -168,6 +168,8 @@ with PassageIndex.open(home / "my-index") as again:
 # ## What this shows, and what it does not
 #
 # - A passage costs less than half of the positions as memory, and the number is known before anything is encoded.
+# - Some answers are wrong, from text too, and more of them at 16 positions: the model is small, and room is what it
+#   pays with.
 # - Six questions on four short passages are an example, not a measurement: how many answers memory costs is measured
 #   in [Open-domain question answering](04_open_domain_qa.py).
 # - The embedded model is small enough to ship in the package. It copies short answers and knows nothing by heart. For
