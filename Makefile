@@ -10,10 +10,10 @@ DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs dist clean
+.PHONY: help demo test lint docs notebooks dist clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## Index the bundled corpus, compress it, ask it questions: offline, on any machine
 	@$(BIN)/vist-rag demo
@@ -38,6 +38,17 @@ docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build
 # The wheel is installed into an environment of its own, without the checkout: what users will have.
 dist: $(VENV)/.installed-dev  ## Wheel and sdist, in dist/, installed into a clean environment and tried there
 	@$(BIN)/python .ci/dist.py $(ARGS)
+
+# One kernel after another, offline; the first cell that fails ends it.
+notebooks: $(VENV)/.installed-dev  ## Execute every notebook, into docs/_build/notebooks
+	@mkdir -p docs/_build/notebooks
+	@for notebook in notebooks/*.py; do \
+		out=docs/_build/notebooks/$$(basename $$notebook .py).ipynb; begin=$$(date +%s); \
+		$(BIN)/jupytext --quiet --to ipynb --output $$out $$notebook \
+			&& OMP_NUM_THREADS=1 $(BIN)/jupyter-execute --JupyterApp.log_level=WARN --timeout=600 --inplace $$out \
+			|| exit 1; \
+		echo "$$out  $$(($$(date +%s) - begin)) s"; \
+	done
 
 clean:  ## Remove .venv and whatever was built or cached
 	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -250,11 +250,16 @@ def _grid(encoded: Encoded, characters: str, places: int) -> np.ndarray:
     return grid.reshape(len(encoded.latents), encoded.window, places)
 
 
-def count_words(encoded: Encoded, reader: Reader) -> dict[str, Rate]:
+def count_words(encoded: Encoded, reader: Reader, *, kind: Callable[[str], str] = word_class) -> dict[str, Rate]:
     """Words that were read, and that did not come back letter by letter, by class.
 
     A word is wrong where one of its characters is another, is missing or has no slot, or where one is read that is not
     there, after one of its own or after the space before it.
+
+    Args:
+        encoded: What is read.
+        reader: Who reads.
+        kind: The class of a word.
     """
     places, none = reader.places, len(reader.characters)
     truth = _grid(encoded, reader.characters, places).reshape(-1, places)
@@ -271,7 +276,7 @@ def count_words(encoded: Encoded, reader: Reader) -> dict[str, Rate]:
         fine &= ~_followed(patches, added)
         for start, end in words(text):
             ok = bool(fine[start:end].all()) and (start == 0 or not text[start - 1].isspace() or bool(fine[start - 1]))
-            name = word_class(text[start:end])
+            name = kind(text[start:end])
             before = counts.get(name, Rate(0, 0))
             counts[name] = Rate(before.n + 1, before.wrong + (not ok))
     return dict(sorted(counts.items()))

@@ -127,6 +127,15 @@ def test_a_character_that_is_missing_added_or_another_makes_its_word_wrong() -> 
     assert wrong(set_to(7, "a")) == [0, 1]  # the space before it is gone
 
 
+def test_words_are_counted_by_whatever_kind_is_asked_for() -> None:
+    compressor: Any = Copying(blind="2")
+    encoded = Encoded.of(compressor, ["abc efg 12"])
+    truth = compressor.encode(["abc efg 12"])[0].latents.reshape(-1, PLACES, len(ALPHABET) + 1)
+    scores = torch.cat((truth[..., :-1], torch.full((*truth.shape[:2], 1), 0.5), truth[..., -1:]), -1)
+    reader = Reader(ALPHABET, PLACES, lambda _: scores.reshape(len(encoded.latents), -1, scores.shape[-1]))
+    assert count_words(encoded, reader, kind=str.upper) == {"12": Rate(1, 1), "ABC": Rate(1, 0), "EFG": Rate(1, 0)}
+
+
 def test_a_capital_is_a_small_letter_to_a_generator_without_capitals() -> None:
     fusion = tiny_generator().fusion.eval()
     reader = Reader.of_fusion(fusion, 4, cased=False)
