@@ -29,8 +29,6 @@ version = release
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build", "*.py", "**/.ipynb_checkpoints"]
-# A toctree ends with a pattern, for pages that nobody has put in an order yet; most of the time there are none.
-suppress_warnings = ["toc.empty_glob"]
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
