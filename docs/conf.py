@@ -108,9 +108,7 @@ def point_links_from_here(app: Sphinx, path: Path, parent: str, content: list[st
     content[0] = re.sub(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))", moved, text)
 
 
-def leave_out_what_is_inherited(
-    app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any
-) -> bool | None:
+def leave_out_what_is_inherited(app: Sphinx, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
     """Methods of PyTorch and transformers are documented there, by them."""
     function = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
     home = getattr(function, "__module__", None) or ""

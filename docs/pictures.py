@@ -64,14 +64,20 @@ def path(reader: VistReader) -> Figure:
     axes.imshow(tinted(ink, width), extent=(0, ink.shape[1], -3, 22), interpolation="nearest", aspect="auto")
     for x in range(0, ink.shape[1] + 1, 14):
         axes.plot((x, x), (-3, 22), color=GREY, linewidth=0.5)
-    say(-17, f"Memory: {n} latents of {memory.latents.shape[1]} numbers, one for each window (here as tiles of 27 x 19)")
+    say(
+        -17, f"Memory: {n} latents of {memory.latents.shape[1]} numbers, one for each window (here as tiles of 27 x 19)"
+    )
     numbers = memory.latents.float().numpy()
     # Each number by its rank among those of its column, since columns differ in spread by twenty times.
     order = numbers.argsort(axis=0).argsort(axis=0) / max(1, n - 1)
     for i, ranks in enumerate(order):
         left, right = i * width + 4, (i + 1) * width - 4
-        axes.imshow(ranks.reshape(19, 27), extent=(left, right, -62, -21), cmap="cividis", aspect="auto", vmin=0, vmax=1)
-        axes.text((left + right) / 2, -74, f"“{spelt[i]}”", color=INK, fontsize=9, ha="center", family="DejaVu Sans Mono")
+        axes.imshow(
+            ranks.reshape(19, 27), extent=(left, right, -62, -21), cmap="cividis", aspect="auto", vmin=0, vmax=1
+        )
+        axes.text(
+            (left + right) / 2, -74, f"“{spelt[i]}”", color=INK, fontsize=9, ha="center", family="DejaVu Sans Mono"
+        )
     say(-92, "Soft prompt: a position for each latent, and what it spells of its window (above) …")
     half = memory.coarsen(-(-n // 2))
     for i in range(n):
@@ -114,7 +120,9 @@ def windows(reader: VistReader) -> Figure:
             patch = row * side + column
             if patch >= standing:
                 axes.add_patch(
-                    Rectangle((column * 14, top), 14, 14, facecolor="#d0d0d0", edgecolor="#8a8a8a", hatch="///", linewidth=0)
+                    Rectangle(
+                        (column * 14, top), 14, 14, facecolor="#d0d0d0", edgecolor="#8a8a8a", hatch="///", linewidth=0
+                    )
                 )
             elif patch % window == 0:
                 axes.text(column * 14 + 0.3, top - 0.3, f"{patch // window + 1}", color=INK, fontsize=6.5, va="bottom")
