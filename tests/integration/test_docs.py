@@ -110,8 +110,10 @@ BEFORE: dict[str, Callable[[], None]] = {
 
 
 def _readme(printed: list[str]) -> None:
-    pipeline, langchain, llama_index = printed
-    assert "Saltharrow bridge" in pipeline
+    first, budget, langchain, llama_index = printed
+    assert first.split()[0] == "1867"
+    assert first.split()[-1] == "Bridge"
+    assert 15 <= int(budget.split()[0]) <= 20 < int(budget.split()[1])
     (before, positions_before), (after, positions_after) = (line.rsplit(maxsplit=1) for line in langchain.splitlines())
     assert before == after == "Edda Marsh"
     assert int(positions_after) < int(positions_before)
