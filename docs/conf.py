@@ -6,6 +6,7 @@ and changelog, security, model card and contributing are included by the pages i
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ import llama_index.core  # noqa: F401  # before autodoc looks at other classes o
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+logging.getLogger("faiss").setLevel(logging.WARNING)  # says which instructions it looked for, once for each
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
