@@ -32,7 +32,12 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Tower frozen or not": ("base", "tower-trained"),
     "Elastic or fixed": ("base-reading", "fixed"),
     "Distilled or not": ("base-reading", "not-distilled"),
-    "Soft prompt or cross-attention": ("soft-prompt", "cross-attention", "cross-attention-every-second-layer"),
+    "Soft prompt or cross-attention": (
+        "soft-prompt",
+        "cross-attention-pointed",
+        "cross-attention",
+        "cross-attention-every-second-layer",
+    ),
 }
 PAPER = {
     "PVE and what it masks": """`base` has no PVE at all. Paper, table 5:
@@ -65,7 +70,8 @@ PAPER = {
     "Distilled or not": "Not in the paper.",
     "Soft prompt or cross-attention": "Both ways in are learned afresh (`vist-rag train fusions`). The paper has "
     "cross-attention only. A soft prompt has it easier here: this generator was taught with soft prompts, and its "
-    "pointer copies words from positions of the prompt; what cross-attention brings has none.",
+    "pointer copies words from positions of the prompt; what cross-attention brings has none. `pointed` lets the pointer "
+    "copy from what looked-up memory spells, too; there it points at latents that have not met the question.",
 }
 
 

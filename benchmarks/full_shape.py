@@ -16,6 +16,7 @@ a second run measures what the file lacks. What does not fit in memory is a cell
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fnmatch
 import gc
 import json
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from full_shape_models import FUSIONS, SEED, Models, Shape, shapes, weight_bytes
+from full_shape_models import DTYPES, FUSIONS, SEED, Models, Shape, shapes, weight_bytes
 from full_shape_page import WAYS, panels, tables
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -50,7 +51,8 @@ from vist_rag.training.reading import MemoryReading
 from vist_rag.training.recipe import load_recipe
 from vist_rag.types import Passage
 
-WARM_UP, RESAMPLES = 2, 2000
+RESAMPLES = 2000
+_LIBC = ctypes.CDLL(None) if os.name == "posix" else None
 QUESTION = "Which month does the keeper write down in red ink?"
 _CPU_ATTENTION = {  # which FlopCounterMode lacks
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
@@ -66,15 +68,20 @@ class Clock:
 
     Attributes:
         device: Waited for before and after each run.
-        repeats: Runs that count, after ``WARM_UP`` that do not.
+        repeats: Runs that count.
+        warm_up: Runs before these that do not.
     """
 
     device: torch.device
     repeats: int
+    warm_up: int
 
     def measure(self, function: Callable[[], Any]) -> dict[str, Any]:
-        """``ms`` (median, 95 % bootstrap interval of it, every run) and ``growth_bytes``: most over what was held."""
-        for _ in range(WARM_UP):
+        """``ms`` (median, 95 % bootstrap interval of it, every run) and ``growth_bytes``: most over what was held.
+
+        On a GPU that is what tensors take; on a CPU, where Linux tells, what the whole process takes.
+        """
+        for _ in range(self.warm_up):
             function()
         held = self._restart()
         runs = []
@@ -84,20 +91,39 @@ class Clock:
             function()
             self._wait()
             runs.append(1000 * (time.perf_counter() - begin))
-        growth = None if held is None else torch.cuda.max_memory_allocated(self.device) - held
-        return {"ms": interval(runs), "growth_bytes": growth}
+        return {"ms": interval(runs), "growth_bytes": None if held is None else self._peak() - held}
 
     def _restart(self) -> int | None:
-        """Bytes that tensors hold now; a new peak begins. None where it is not known."""
+        """Bytes that are held now; a new peak begins. None where it is not known."""
         if self.device.type != "cuda":
-            return None
+            return restart_peak()
         self._wait()
         torch.cuda.reset_peak_memory_stats(self.device)
         return int(torch.cuda.memory_allocated(self.device))
 
+    def _peak(self) -> int:
+        """The most that was held since then."""
+        return int(torch.cuda.max_memory_allocated(self.device)) if self.device.type == "cuda" else status("VmHWM")
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def restart_peak() -> int | None:
+    """Bytes that this process has in memory now; its peak is counted anew from here. None where nobody tells."""
+    try:
+        _LIBC.malloc_trim(0)  # what was freed and is kept would hide how much a run takes
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except (AttributeError, OSError):
+        return None
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """A size of this process, in bytes, as Linux tells it."""
+    lines = Path("/proc/self/status").read_text("ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
 
 
 def interval(runs: Sequence[float]) -> dict[str, Any]:
@@ -352,8 +378,8 @@ def measured(cell: Cell, models: Models, clock: Clock, form: str) -> dict[str, A
 
 
 def run(
-    results: Results, named: Mapping[str, Shape], wanted: Sequence[Cell], device: torch.device, clock: Clock, *,
-    form: str, seconds: float,
+    results: Results, named: Mapping[str, Shape], wanted: Sequence[Cell], place: tuple[torch.device, torch.dtype],
+    clock: Clock, *, form: str, seconds: float,
 ) -> None:  # fmt: skip
     """Measure the cells that the file lacks, until the time is over."""
     begin, models, current = time.monotonic(), None, ""
@@ -366,7 +392,7 @@ def run(
         if models is None or current != cell.shape:
             models = None  # one shape at a time is held
             gc.collect()
-            models, current = Models(named[cell.shape], device), cell.shape
+            models, current = Models(named[cell.shape], *place), cell.shape
         figures = measured(cell, models, clock, form)
         results.add(cell, figures)
         told = "out of memory" if figures["out_of_memory"] else f"{figures['ms']['median']:.2f} ms"
@@ -381,16 +407,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes for any machine")
     parser.add_argument("--only", default="*", help="cells whose name matches, such as 'rag/tinyllama*'")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each cell that count")
+    parser.add_argument("--warm-up", type=int, default=2, help="runs before these that do not count")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--form", default=codec.DEFAULT_FORM, choices=list(codec.FORMS), help="of a stored memory")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after so long")
     parser.add_argument("--plot", type=Path, help="a PNG of the time to the first token against k")
     parser.add_argument("--page", type=Path, help="tables in Markdown")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     facts = run_facts(" ".join(["python benchmarks/full_shape.py", *(sys.argv[1:] if argv is None else argv)]), SEED)
     setting = {
         "tiny": arguments.tiny, "device": device.type, "card": facts["machine"]["device"], "seed": SEED,
-        "repeats": arguments.repeats, "warm_up": WARM_UP, "form": arguments.form,
+        "repeats": arguments.repeats, "warm_up": arguments.warm_up, "dtype": arguments.dtype, "form": arguments.form,
         "torch": facts["versions"]["torch"], "transformers": facts["versions"]["transformers"],
     }  # fmt: skip
     named = shapes(tiny=arguments.tiny)
@@ -399,8 +428,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         parser.error(str(error))
     wanted = [cell for cell in cells(named) if fnmatch.fnmatch(cell.key, arguments.only)]
-    clock = Clock(device, arguments.repeats)
-    run(results, named, wanted, device, clock, form=arguments.form, seconds=arguments.seconds)
+    clock = Clock(device, arguments.repeats, arguments.warm_up)
+    run(
+        results, named, wanted, (device, DTYPES[arguments.dtype]), clock, form=arguments.form, seconds=arguments.seconds
+    )
     if arguments.plot and (shown := list(panels(results.content))):
         arguments.plot.write_bytes(first_token_against_k(arguments.plot.stem, shown).png)
     if arguments.page:

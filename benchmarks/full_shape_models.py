@@ -20,6 +20,7 @@ from vist_rag.training.recipe import load_recipe
 
 SEED = 0
 FUSIONS = ("soft_prompt", "cross_attention")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class Models:
     Args:
         shape: Their sizes.
         device: Where they are.
+        dtype: Of their weights.
     """
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
-        self.shape, self.device = shape, device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+        self.shape, self.device, self.dtype = shape, device, dtype
         self.tokenizer = AutoTokenizer.from_pretrained(str(embedded_checkpoint() / "generator"))
         self._fused: tuple[str, VistGenerator] | None = None
 

@@ -119,7 +119,11 @@ def _reading(lm: Any, fusion: Any, latents: int, text: int) -> float:
     def read() -> Any:
         memory = torch.empty(latents, RESAMPLER.width, dtype=torch.float16, device="meta")
         embeds = torch.empty(1, text, lm.config.hidden_size, dtype=torch.float16, device="meta")
-        return lm(inputs_embeds=embeds, use_cache=True, **fusion.memory_arguments([[memory]]))
+        return lm(
+            inputs_embeds=embeds,
+            use_cache=True,
+            **fusion.memory_arguments([[(memory, torch.full((len(memory), 1), -1))]]),
+        )
 
     # Eager, so that attention with a mask and with shared heads is counted, too.
     return round(run(read, nn.ModuleList((lm, fusion)), attention="eager").flops / 1e12, 4)

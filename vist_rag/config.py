@@ -121,6 +121,7 @@ class CrossAttentionConfig:
         scale: What scores are multiplied by.
         direct: Whether keys and values are made of the latents themselves, as in the paper; else of what the projector
             makes of them, spelling included.
+        pointed: Whether a generator that copies words (``CopyAttention``) may copy those that memory spells.
         bias: Whether the projections of queries, keys and values have a bias.
         norm: Whether states are normed before they ask: in layers that norm before and not after.
         head_norm: Whether queries and keys are normed in each head, as in Qwen3 and Gemma 3.
@@ -135,6 +136,7 @@ class CrossAttentionConfig:
     d_head: int
     scale: float
     direct: bool = True
+    pointed: bool = False
     bias: bool = False
     norm: bool = True
     head_norm: bool = False
@@ -155,6 +157,12 @@ class CrossAttentionConfig:
             self.kv_heads,
             allowed=f"a divisor of heads ({self.heads})",
             ok=self.heads % self.kv_heads == 0,
+        )
+        _check(
+            "pointed",
+            self.pointed,
+            allowed="False where latents are read as they are (direct)",
+            ok=not (self.pointed and self.direct),
         )
         _check("scale", self.scale, allowed="above 0", ok=self.scale > 0)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from vist_rag.compression import PassageCompressor, VisualMemory
 from vist_rag.fidelity import GuardMode
 from vist_rag.generation import Generation, Prompt, VistGenerator
 from vist_rag.quoting import as_written, find_span
-from vist_rag.reader import VistReader
+from vist_rag.reader import Asking, How, Streamed, VistReader
 from vist_rag.retrieval import PassageIndex
 from vist_rag.types import Answer, Citation, SearchHit, Usage
 
@@ -46,8 +46,8 @@ class VistRAG(VistReader):
         **settings: Any,
     ) -> None:
         super().__init__(compressor, generator, index=index, **settings)
-        self._questions: MicroBatcher[tuple[str, Budget], Answer] = MicroBatcher(
-            lambda asked: self.answer_batch([question for question, _ in asked], budget=asked[0][1]),
+        self._questions: MicroBatcher[tuple[str, Budget, How], Answer] = MicroBatcher(
+            lambda asked: self._answer_batch([question for question, _, _ in asked], *asked[0][1:]),
             max_batch_size=self._batcher.max_batch_size,
             max_wait_ms=self._batcher.max_wait_ms,
         )
@@ -75,30 +75,36 @@ class VistRAG(VistReader):
             quantize=quantize,
         )
 
-    def answer(self, question: str, *, budget: Budget | None = None) -> Answer:
+    def answer(self, question: str, *, budget: Budget | None = None, **how: Unpack[Asking]) -> Answer:
         """Answer one question. Questions of several threads that come at the same time are answered together.
 
         Args:
             question: What is asked.
             budget: For this question; None means the pipeline's.
+            **how: See :class:`~vist_rag.reader.Asking`.
         Raises:
             InputError: If the question is empty or too long, or the prompt does not fit the generator's context.
-            ConfigError: If the budget asks for more passages than the index has.
+            ConfigError: If the budget asks for more passages than the index has, or a number is out of range.
             IncompatibleMemoryError: If the generator's fusion was trained for another compressor.
         """
-        return self._ask(question, budget).result()
+        return self._ask(question, budget, **how).result()
 
-    async def aanswer(self, question: str, *, budget: Budget | None = None) -> Answer:
+    async def aanswer(self, question: str, *, budget: Budget | None = None, **how: Unpack[Asking]) -> Answer:
         """As :meth:`answer`; the event loop is free meanwhile."""
-        return await asyncio.wrap_future(self._ask(question, budget))
+        return await asyncio.wrap_future(self._ask(question, budget, **how))
 
-    def _ask(self, question: str, budget: Budget | None) -> Future[Answer]:
-        budget = budget or self.budget
-        return self._questions.submit((question, budget), key=budget)
+    def _ask(self, question: str, budget: Budget | None, **how: Unpack[Asking]) -> Future[Answer]:
+        budget, settled = budget or self.budget, self._how(**how)
+        return self._questions.submit((question, budget, settled), key=(budget, settled.key))
 
-    def answer_batch(self, questions: Sequence[str], *, budget: Budget | None = None) -> list[Answer]:
-        """Answer questions together: one search, one generation; errors as ``answer``."""
-        budget, clock = budget or self.budget, _Clock()
+    def answer_batch(
+        self, questions: Sequence[str], *, budget: Budget | None = None, **how: Unpack[Asking]
+    ) -> list[Answer]:
+        """Answer questions together: one search, one generation, one seed; errors as ``answer``."""
+        return self._answer_batch(questions, budget or self.budget, self._how(**how))
+
+    def _answer_batch(self, questions: Sequence[str], budget: Budget, how: How) -> list[Answer]:
+        clock = _Clock()
         with clock("search"):
             hits = self.index.search_batch(questions, budget.top_k)
             plans = [self.plan(some, budget) for some in hits]
@@ -109,16 +115,16 @@ class VistRAG(VistReader):
             for question, plan, read in zip(questions, plans, memories, strict=True)
         ]
         with clock("generate"):
-            generations = self.generator.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.stop)
+            generations = self.generator.generate(prompts, **how.arguments())
         timings = clock.timings_ms()
         return [
             self._answer(question, generation, plan, prompt, timings)
             for question, generation, plan, prompt in zip(questions, generations, plans, prompts, strict=True)
         ]
 
-    def stream(self, question: str, *, budget: Budget | None = None) -> AnswerStream:
-        """Answer one question piece by piece; errors as ``answer``."""
-        return AnswerStream(self, question, budget or self.budget)
+    def stream(self, question: str, *, budget: Budget | None = None, **how: Unpack[Asking]) -> AnswerStream:
+        """Answer one question piece by piece; a pass of its own; errors as ``answer``."""
+        return AnswerStream(self, question, budget or self.budget, self._how(**how))
 
     def memories(self, plans: Sequence[Plan]) -> list[list[VisualMemory]]:
         """The memories that the plans ask for, read from the index; encoded now, and kept, where they are missing."""
@@ -155,22 +161,22 @@ class VistRAG(VistReader):
         return Answer(question, text, citations, usage, timings_ms)
 
 
-class AnswerStream:
-    """The pieces of an answer, as an iterator; after the last piece, ``answer`` is the whole."""
+class AnswerStream(Streamed):
+    """The pieces of an answer; after the last piece, ``answer`` is the whole."""
 
-    def __init__(self, rag: VistRAG, question: str, budget: Budget) -> None:
+    def __init__(self, rag: VistRAG, question: str, budget: Budget, how: How) -> None:
         self.answer: Answer | None = None
-        self._rag, self._question, self._clock = rag, question, _Clock()
+        self._rag, self._question, self._how, self._clock = rag, question, how, _Clock()
         with self._clock("search"):
             self._plan = rag.plan(rag.index.search(question, budget.top_k), budget)
         with self._clock("memory"):
             memories = rag.memories([self._plan])[0]
         self._prompt = rag.template.build(question, [hit.passage for hit in self._plan.raw], memories)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Generator[str, None, None]:
         rag = self._rag
         with self._clock("generate"):
-            generation = yield from rag.generator.stream(self._prompt, max_new_tokens=rag.max_new_tokens, stop=rag.stop)
+            generation = yield from rag.generator.stream(self._prompt, **self._how.arguments())
         self.answer = rag._answer(self._question, generation, self._plan, self._prompt, self._clock.timings_ms())
 
 

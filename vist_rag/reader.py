@@ -11,7 +11,8 @@ import asyncio
 import hashlib
 import threading
 import warnings
-from collections.abc import AsyncIterator, Generator, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Generator, Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,11 +106,17 @@ class Asking(TypedDict, total=False):
     sampling: Sampling | None
 
 
-class _Asked(NamedTuple):
-    messages: tuple[tuple[str, tuple[str | Span, ...]], ...]
+class How(NamedTuple):
+    """An :class:`Asking` with nothing left open."""
+
     max_new_tokens: int
     stop: tuple[str, ...]
     sampling: Sampling
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for calls that may share a pass. What is sampled is alone: a seed says the same in any company."""
+        return object() if self.sampling.temperature else (self.max_new_tokens, self.stop)
 
     def arguments(self) -> dict[str, Any]:
         """For the generator."""
@@ -119,6 +126,11 @@ class _Asked(NamedTuple):
             "stop": self.stop,
             **({"logits_processor": processors} if processors else {}),
         }
+
+
+class _Asked(NamedTuple):
+    messages: tuple[tuple[str, tuple[str | Span, ...]], ...]
+    how: How
 
     @property
     def spans(self) -> list[Span]:
@@ -421,9 +433,7 @@ class VistReader:
     def submit(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> Future[Reply]:
         """As :meth:`reply`, without waiting."""
         asked = self._asked(messages, **how)
-        # What is sampled is alone in its pass, so that a seed gives the same answer in whatever company.
-        key = object() if asked.sampling.temperature else (asked.max_new_tokens, asked.stop)
-        return self._batcher.submit(asked, key)
+        return self._batcher.submit(asked, asked.how.key)
 
     def stream_reply(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> ReplyStream:
         """As :meth:`reply`, piece by piece; a pass of its own. The stream is an iterator, also an asynchronous one."""
@@ -431,9 +441,11 @@ class VistReader:
 
     def _asked(self, messages: str | Sequence[Said], **how: Unpack[Asking]) -> _Asked:
         said = [Said("user", messages)] if isinstance(messages, str) else messages
+        return _Asked(tuple((role, self._parts(text)) for role, text in said), self._how(**how))
+
+    def _how(self, **how: Unpack[Asking]) -> How:
         limit, stop = how.get("max_new_tokens"), how.get("stop")
-        return _Asked(
-            tuple((role, self._parts(text)) for role, text in said),
+        return How(
             self.max_new_tokens if limit is None else limit,
             self.stop if stop is None else tuple(stop),
             how.get("sampling") or Sampling(),
@@ -448,7 +460,7 @@ class VistReader:
 
     def _serve(self, requests: Sequence[_Asked]) -> list[Reply]:
         prompts, first = self._prompts(requests), requests[0]
-        generations = self.generator.generate(prompts, batch_size=len(prompts), **first.arguments())
+        generations = self.generator.generate(prompts, batch_size=len(prompts), **first.how.arguments())
         return [self._reply(*one) for one in zip(requests, generations, strict=True)]
 
     def _prompts(self, requests: Sequence[_Asked]) -> list[Prompt]:
@@ -477,20 +489,15 @@ class VistReader:
         return Reply(as_written(generation.text, sources), usage)
 
 
-class ReplyStream:
-    """The pieces of a reply, as an iterator; after the last piece, ``reply`` is the whole."""
+class Streamed(ABC):
+    """Text that comes piece by piece, as an iterator, also an asynchronous one; who stops listening stops it."""
 
-    def __init__(self, reader: VistReader, asked: _Asked) -> None:
-        self.reply: Reply | None = None
-        self._reader, self._asked = reader, asked
-
+    @abstractmethod
     def __iter__(self) -> Generator[str, None, None]:
-        reader, asked = self._reader, self._asked
-        (prompt,) = reader._prompts([asked])
-        generation = yield from reader.generator.stream(prompt, **asked.arguments())
-        self.reply = reader._reply(asked, generation)
+        """The pieces, in this thread."""
 
     async def __aiter__(self) -> AsyncIterator[str]:
+        """The pieces, made in a thread of their own."""
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Any]()
         left = threading.Event()
 
@@ -519,3 +526,17 @@ class ReplyStream:
                 yield piece
         finally:
             left.set()
+
+
+class ReplyStream(Streamed):
+    """The pieces of a reply; after the last piece, ``reply`` is the whole."""
+
+    def __init__(self, reader: VistReader, asked: _Asked) -> None:
+        self.reply: Reply | None = None
+        self._reader, self._asked = reader, asked
+
+    def __iter__(self) -> Generator[str, None, None]:
+        reader, asked = self._reader, self._asked
+        (prompt,) = reader._prompts([asked])
+        generation = yield from reader.generator.stream(prompt, **asked.how.arguments())
+        self.reply = reader._reply(asked, generation)

@@ -33,6 +33,7 @@ from vist_rag.generation.fusion.decoder_layers import decoder_layers, self_atten
 CROSSED = [family for family, fusion in FUSED if fusion == "cross_attention"]
 PRE_NORM = [family for family in CROSSED if family != "prefix_bert"]
 QUESTION = TextSegment("question when was the bridge built answer")
+NOTHING = torch.full((1, 1), -1)  # spelt
 TEXT = Prompt((TextSegment("document "), QUESTION))
 
 
@@ -158,7 +159,7 @@ def test_a_layer_looks_at_memory_between_attention_and_feed_forward() -> None:
     fusion, layer = generator.fusion, decoder_layers(generator.model)[0]
     assert isinstance(fusion, CrossAttentionFusion)
     latents = memory(5).latents
-    given = fusion.memory_arguments([[latents]])
+    given = fusion.memory_arguments([[(latents, NOTHING)]])
     states, core = torch.randn(1, 6, 32), generator.model.model
     angles = core.rotary_emb(states, position_ids=torch.arange(6)[None])
     mask = torch.full((6, 6), -1e9).triu(1)[None, None]
@@ -301,7 +302,7 @@ def test_layers_may_be_computed_again_in_the_backward_pass(family: str) -> None:
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         latents = memory(5).latents.requires_grad_()
-        given = fusion.memory_arguments([[latents]])
+        given = fusion.memory_arguments([[(latents, NOTHING)]])
         model(input_ids=torch.arange(5, 12)[None], use_cache=False, **given).logits.square().sum().backward()
         block = fusion.blocks["0"]
         gradients.append([latents.grad, *(weight.grad for weight in block.parameters()), fusion.place.grad])
@@ -319,7 +320,7 @@ def test_memories_of_any_length_in_a_bucket_are_compiled_once() -> None:
     counter = CompileCounter()
     compiled = torch.compile(generator.model, backend=counter, fullgraph=True)
     for n in (3, 40, 64):
-        given = fusion.memory_arguments([[memory(n).latents]])
+        given = fusion.memory_arguments([[(memory(n).latents, NOTHING)]])
         expected = generator.model(input_ids=ids, use_cache=False, **given).logits
         torch.testing.assert_close(compiled(input_ids=ids, use_cache=False, **given).logits, expected)
     assert counter.frame_count == 1
@@ -387,6 +388,34 @@ def test_a_fusion_that_reads_what_memory_spells(generator: VistGenerator) -> Non
     sea = logits(spelling, reading(2))
     fusion.spell = lambda latents: ["the", " lake"][: len(latents)]  # type: ignore[method-assign]
     assert (logits(spelling, reading(2)) - sea).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_a_word_that_only_memory_spells_can_be_copied() -> None:
+    generator = fused_generator("prefix_bert", "pointed")
+    fusion = generator.fusion
+    assert isinstance(fusion, CrossAttentionFusion)
+    sea = int(generator.tokenize("sea")[0])
+    fusion.spell = lambda latents: ["sea", *[""] * (len(latents) - 1)]  # type: ignore[method-assign]
+    with fusion.condition(generator, [reading(2)]) as inputs:
+        read = generator.model(**inputs)
+        inputs["memory_shown"] = torch.full_like(inputs["memory_shown"], -1)
+        unspelt = generator.model(**inputs)
+    # The slots of memory come first, those of the prompt behind, the end last.
+    pointed = read.attentions[0][0, -1]
+    assert len(pointed) == inputs["memory_shown"].numel() + inputs["shown"].numel() + 1
+    assert pointed[0] > 0
+    assert not pointed[1 : inputs["memory_shown"].numel()].any()
+    gained = read.logits[0, -1, sea] - unspelt.logits[0, -1, sea]
+    words = read.logits.shape[-1]
+    torch.testing.assert_close(gained, (pointed[0] + 1 / words).log() - torch.tensor(1 / words).log())
+
+
+def test_nothing_is_pointed_at_where_nothing_is_copied_or_spelt() -> None:
+    with pytest.raises(ConfigError, match=r"pointed must be False for a generator that copies no words, got True"):
+        CrossAttentionFusion.for_model(causal_generator("llama").model, 16, direct=False, pointed=True)
+    with pytest.raises(ConfigError, match=r"pointed must be False where latents are read as they are"):
+        CrossAttentionFusion.for_model(causal_generator("prefix_bert").model, 16, pointed=True)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -216,8 +216,9 @@ SOFT_ONLY = ("gpt2",)
 FUSED = [
     *((family, "soft_prompt") for family in FAMILIES),
     *((family, "cross_attention") for family in FAMILIES if family not in SOFT_ONLY),
+    ("prefix_bert", "pointed"),
 ]
-"""Each family with each fusion that it can take."""
+"""Each family with each fusion that it can take; ``pointed``: cross-attention whose memory can be copied from."""
 
 
 def causal_generator(family: str, *, memory_width: int = 16, seed: int = 0) -> VistGenerator:
@@ -252,7 +253,11 @@ def fused_generator(family: str, fusion: str, *, memory_width: int = 16, seed: i
     generator = causal_generator(family, memory_width=memory_width, seed=seed)
     if fusion == "soft_prompt":
         return generator
-    cross = CrossAttentionFusion.for_model(generator.model, memory_width)
+    pointed = fusion == "pointed"
+    sizes = replace(generator.fusion.config, attention=None)
+    cross = CrossAttentionFusion.for_model(
+        generator.model, memory_width, direct=not pointed, pointed=pointed, reads=sizes if pointed else None
+    )
     taught(cross)
     return VistGenerator(generator.model, generator.tokenizer, cross)
 

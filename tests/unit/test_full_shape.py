@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,8 +55,15 @@ def test_every_cell_is_measured(full_shape: ModuleType, result: dict[str, Any]) 
         assert ms["low"] <= ms["median"] <= ms["high"]
         assert len(ms["runs"]) == 2
         assert cell["weight_bytes"] > 0
-        assert cell["memory_bytes"] is None  # of a CPU it is not known
+        assert cell["memory_bytes"] is None or cell["memory_bytes"] >= cell["weight_bytes"]
     assert {"commit", "machine", "versions", "date", "command"} <= result.keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is asked of Linux")
+def test_the_peak_of_a_run_on_a_cpu_is_what_it_takes(full_shape: ModuleType) -> None:
+    clock = full_shape.Clock(torch.device("cpu"), repeats=1, warm_up=0)
+    torch.ones(2**27)  # half a GB that is free again: not of the next run
+    assert clock.measure(lambda: torch.ones(2**26))["growth_bytes"] == pytest.approx(2**28, rel=0.05)
 
 
 def test_passes_of_table_1_are_those_that_are_counted(full_shape: ModuleType, result: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, costs, demo, eval, index, info, probe, reindex, render, report, train
+from vist_rag.cli import ask, costs, demo, eval, index, info, probe, reindex, render, report, serve, train
 
 app = typer.Typer(
     name="vist-rag",
@@ -52,6 +52,10 @@ for _command, _examples in (
     ),
     (reindex.reindex, ("vist-rag reindex --index my-index --model my-checkpoint --drop-others",)),
     (ask.ask, ("vist-rag ask 'When was the bridge built?' --index my-index --k-raw 1 --k-memory 4",)),
+    (
+        serve.serve,
+        ("vist-rag serve --index my-index", "vist-rag serve --index my-index --host 0.0.0.0 --api-key-file key.txt"),
+    ),
     (
         render.render,
         ("vist-rag render 'Text as the model sees it.' -o page.png", "vist-rag render - -o page.png < notes.txt"),

@@ -123,7 +123,8 @@ class CopyAttention(nn.Module):
         """Which word is copied, and where from.
 
         Args:
-            states: States of this pass, float ``[b, t, d]``; the last ``q`` of them are written from.
+            states: States of this pass, float ``[b, t, d]``; the last ``q`` of them are written from. Memory that is
+                looked up may stand before them.
             written: Input embeddings of the last ``q``, float ``[b, q, d]``.
             words: Embeddings of all words, float ``[v, d]``.
             end: The word that ends an answer.
@@ -182,7 +183,6 @@ class CopyAttention(nn.Module):
             columns.append(pointed)
         weights = torch.stack(columns, 1)
         if cache is not None:
-            cache.prompt_length = mask.shape[-1]
             # How fresh each word still is, and where was pointed at last: a row each, which go where the answer goes.
             cache.layers[layer + 1] = DynamicLayer()
             cache.update(fresh[:, None, -1:], weights[:, None, -1:], layer + 1)
@@ -261,6 +261,8 @@ class PrefixBertForCausalLM(BertLMHeadModel):
         memory_kv: Tensor | None = None,
         memory_mask: Tensor | None = None,
         memory_blocks: nn.Module | None = None,
+        memory_states: Tensor | None = None,
+        memory_shown: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
@@ -283,6 +285,8 @@ class PrefixBertForCausalLM(BertLMHeadModel):
                 (``CrossAttentionFusion.memory_arguments``).
             memory_mask: Its mask.
             memory_blocks: What reads it.
+            memory_states: What memory is to ``CopyAttention``, float ``[b, m, d_llm]``; its slots come first.
+            memory_shown: Words that it spells, int64 ``[b, m, s]``; None: nothing of it can be copied.
             use_cache: Keep keys and values.
             logits_to_keep: Logits of so many last positions only; 0 means all.
             output_hidden_states: Return the states of every layer too, the input first.
@@ -333,9 +337,21 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             shown = input_ids[..., None]
         if shown is not None and not past:  # keys read their neighbours, and the answer is none
             shown = shown.masked_fill(~(present & prompt)[..., None], -1)
+        sources = states
+        if memory_states is not None and memory_shown is not None and memory_mask is not None:
+            beside = memory_mask[:, None].expand(-1, copyable.shape[1], -1)
+            copyable = torch.cat((beside, copyable), dim=-1)
+            if not past:
+                sources = torch.cat((memory_states.to(states.dtype), states), dim=1)
+                shown = torch.full_like(states[..., :1], -1, dtype=torch.long) if shown is None else shown
+                slots = max(shown.shape[-1], memory_shown.shape[-1])
+                both = [F.pad(some, (0, slots - some.shape[-1]), value=-1) for some in (memory_shown, shown)]
+                shown = torch.cat(both, dim=1)
         copied, pointed = self.copy(
-            states, embeddings[:, first:], words, end, shown, copyable, answer[:, first:], cache, layer
+            sources, embeddings[:, first:], words, end, shown, copyable, answer[:, first:], cache, layer
         )
+        if cache is not None:
+            cache.prompt_length = prompt.shape[1]
         # Both must agree on a word; a copy of nothing leaves the choice to the language model.
         logits = head.decoder(head.transform(states[:, -kept:])) + (copied[:, -kept:] + 1 / len(words)).log()
         return CausalLMOutputWithPast(

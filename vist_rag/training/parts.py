@@ -99,7 +99,8 @@ def fresh_fusion(settings: Mapping[str, Any], config: FusionConfig, model: PreTr
     """The fusion that a recipe's ``[generator]`` asks for, untaught.
 
     Args:
-        settings: ``fusion`` (a soft prompt unless it says otherwise), ``every`` and ``direct`` of cross-attention.
+        settings: ``fusion`` (a soft prompt unless it says otherwise); ``every``, ``direct`` and ``pointed`` of
+            cross-attention.
         config: Its sizes.
         model: The generator's; on the meta device, so is the fusion.
     Raises:
@@ -113,6 +114,7 @@ def fresh_fusion(settings: Mapping[str, Any], config: FusionConfig, model: PreTr
                 config.memory_width,
                 every=settings.get("every", 1),
                 direct=settings.get("direct", True),
+                pointed=settings.get("pointed", False),
                 reads=config,
             )
         else:

@@ -282,9 +282,10 @@ class MemoryReading(nn.Module):
             ]
         else:
             memories = [self._ideal_memory(window, at) for window, at in zip(spelt, places, strict=True)]
-        beside = {}
+        beside: dict[str, Any] = {}
+        sizes = [len(seen) for seen, _ in memories]
         if isinstance(self.fusion, CrossAttentionFusion):
-            held = [[memories[part][0] for part in row if isinstance(part, int)] for row in segments]
+            held = [[memories[part] for part in row if isinstance(part, int)] for row in segments]
             beside = self.fusion.memory_arguments(held)
             # Such memory takes no position, and shows nothing there that could be pointed at.
             empty = self.fusion.boundaries, torch.full((0, 1), -1, device=self.fusion.boundaries.device)
@@ -327,12 +328,17 @@ class MemoryReading(nn.Module):
         loss = (reconstruction_loss if whole else next_token_loss)(logits, labels)
         figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
         if isinstance(self.lm, PrefixBertForCausalLM):
-            if not self.fusion.in_context:  # only what was read as text can be pointed at
+            shows = extra["shown"]
+            if "memory_shown" in beside:  # what memory spells comes before what the prompt shows
+                slots = max(shows.shape[-1], beside["memory_shown"].shape[-1])
+                both = (beside["memory_shown"], shows)
+                shows = torch.cat([F.pad(some, (0, slots - some.shape[-1]), value=-1) for some in both], dim=1)
+            elif not self.fusion.in_context:  # only what was read as text can be pointed at
                 pointers = [
                     [(part, tokens) for part, tokens in found if not isinstance(row[part], int)]
                     for row, found in zip(segments, pointers, strict=True)
                 ]
-            gold = self._gold(prompts, segments, targets, pointers, windows, places, extra["shown"])
+            gold = self._gold(prompts, segments, targets, pointers, windows, places, shows, sizes)
             pointed = (output.attentions[0][:, :-1] * gold).sum(-1)[gold.any(-1)]
             if len(pointed):
                 loss = loss - pointed.clamp(min=1e-6).log().mean()
@@ -447,11 +453,13 @@ class MemoryReading(nn.Module):
         windows: Sequence[Window],
         places: Sequence[Tensor],
         shown: Tensor,
+        sizes: Sequence[int],
     ) -> Tensor:
         """Places that show each token to be written, and its end, as ``CopyAttention`` counts them.
 
         A position shows a token where it spells it; what is spelt wrong cannot be copied. ``shown`` is int64
-        ``[b, length, s]``. Returns bool ``[b, longest target, length * s + 1]``.
+        ``[b, length, s]``: memory that is looked up, of so many positions each (``sizes``), and then the prompt.
+        Returns bool ``[b, longest target, length * s + 1]``.
         """
         longest_target, (_, length, slots) = max(map(len, targets)), shown.shape
         gold = torch.zeros(len(prompts), longest_target, length * slots + 1, dtype=torch.bool, device=shown.device)
@@ -461,10 +469,13 @@ class MemoryReading(nn.Module):
             gold[i, -1, -1] = bool(pointers[i])
             for part, tokens in pointers[i]:
                 first, text = begin + sum(map(len, prompt[:part])), segments[i][part]
-                if isinstance(text, int):
-                    at, first = places[text][windows[text][1][tokens]], first + 1  # the boundary comes first
-                else:
+                if not isinstance(text, int):
                     at = tokens
+                else:
+                    at = places[text][windows[text][1][tokens]]
+                    first += 1  # the boundary comes first
+                    if not len(prompt[part]):  # it takes no position: it is looked up
+                        first = sum(sizes[other] for other in segments[i][:part] if isinstance(other, int))
                 for occurrence in at.tolist():
                     for order, place in enumerate(occurrence):
                         there = slice((first + place) * slots, (first + place + 1) * slots)

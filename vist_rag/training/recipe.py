@@ -195,6 +195,7 @@ _RECIPE: dict[str, Any] = {
         "fusion": _one_of("soft_prompt", "cross_attention"),
         "every": _COUNT,
         "direct": _FLAG,
+        "pointed": _FLAG,
         "lora": _TABLE,
     },
     "compressor": {"kind": _one_of(*KINDS), **_COMPRESSOR},

@@ -124,6 +124,31 @@ def test_a_recipe_teaches_it_and_what_comes_out_answers(tmp_path: Path) -> None:
     assert generator.generate([Prompt((MemorySegment(memory), TextSegment("who")))])[0].completion_tokens > 0
 
 
+def test_pointing_at_memory_that_is_looked_up_is_taught() -> None:
+    """What is pointed at is the slot of the very memory that spells the answer, also of the second of two."""
+    torch.manual_seed(0)
+    model = MemoryReading(tiny_compressor(), fused_generator("prefix_bert", "pointed"))
+    seen = {}
+    answers = model._gold
+
+    def gold(*arguments: Any) -> Any:
+        seen["gold"], seen["shown"] = answers(*arguments), arguments[-2]
+        return seen["gold"]
+
+    model._gold = gold  # type: ignore[method-assign]
+    fusion = model.fusion
+    fusion.spell = lambda latents: ["sea", *[""] * (len(latents) - 1)]  # type: ignore[method-assign]
+    example = Example((Passage("the lake"), Passage("the sea")), "where", "sea", raw=False)
+    figures = model(**model.batch([example], random.Random(0)))
+    assert "pointed" in figures
+    found = seen["gold"][0, 0, :-1].view(seen["shown"].shape[1:]).nonzero()
+    assert len(found)
+    sea = int(model._generator[0].tokenize("sea")[0])
+    assert all(int(seen["shown"][0, place, slot]) == sea for place, slot in found.tolist())
+    figures["loss"].backward()
+    assert fusion.pointed.weight.grad.any()
+
+
 def test_a_fresh_generator_takes_it_too(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "data").mkdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -21,7 +22,7 @@ from vist_rag.compression import VisualMemory
 from vist_rag.config import CrossAttentionConfig, FusionConfig
 from vist_rag.errors import ConfigError
 from vist_rag.generation.fusion.decoder_layers import decoder_layers, self_attention, take_memory
-from vist_rag.generation.fusion.soft_prompt import SoftPromptFusion, merged
+from vist_rag.generation.fusion.soft_prompt import SoftPromptFusion, merged, side_by_side
 from vist_rag.generation.prompt import MemorySegment, Prompt
 
 if TYPE_CHECKING:
@@ -164,6 +165,9 @@ class CrossAttentionFusion(SoftPromptFusion):
         self.norm = nn.LayerNorm(d_memory)
         # Latents are read in any order, so each is told its place. Learned from 0.1: small beside a normed latent.
         self.place = nn.Parameter(torch.full((), 0.1))
+        self.pointed = nn.Linear(d_memory, config.generator_width, bias=False) if config.attention.pointed else None
+        if self.pointed is not None:
+            nn.init.eye_(self.pointed.weight)
         self.blocks = Blocks(
             {
                 str(n): CrossAttention(config.attention, config.generator_width, d_memory)
@@ -179,6 +183,7 @@ class CrossAttentionFusion(SoftPromptFusion):
         *,
         every: int = 1,
         direct: bool = True,
+        pointed: bool = False,
         reads: FusionConfig | None = None,
         fingerprint: str = "",
     ) -> CrossAttentionFusion:
@@ -191,14 +196,20 @@ class CrossAttentionFusion(SoftPromptFusion):
             every: Cross-attention in every so-manieth layer, the last one among them.
             direct: Whether keys and values are made of latents as they are, as in the paper; else of what the projector
                 makes of them.
+            pointed: Whether the model may copy words that memory spells; only of a ``PrefixBertForCausalLM``, which
+                copies, and not with ``direct``.
             reads: Sizes of that projector and of spelling; None: without spelling.
             fingerprint: Of the compressor that it is to be trained for; empty means any.
         Raises:
-            ConfigError: If the model's layers are of another shape, or ``every`` is out of range.
+            ConfigError: If the model's layers are of another shape, ``every`` is out of range or ``pointed`` cannot be.
         """
         layers = decoder_layers(model)
         if not 1 <= every <= len(layers):
             raise ConfigError(f"every must be in 1..{len(layers)} (layers of this generator), got {every}.")
+        if pointed and "memory_shown" not in signature(type(model).forward).parameters:
+            raise ConfigError(
+                f"pointed must be False for a generator that copies no words, got True for {type(model).__name__}."
+            )
         width = cast(Tensor, model.get_input_embeddings().weight).shape[1]
         own = self_attention(layers[0])
         attention = CrossAttentionConfig(
@@ -208,6 +219,7 @@ class CrossAttentionFusion(SoftPromptFusion):
             d_head=own.d_head,
             scale=own.scale,
             direct=direct,
+            pointed=pointed,
             bias=_plain(own.query).bias is not None,
             norm=own.norm is not None,
             head_norm=own.query_norm is not None,
@@ -266,10 +278,10 @@ class CrossAttentionFusion(SoftPromptFusion):
         with super().condition(generator, texts, skip=left) as inputs:
             yield inputs | self.memory_arguments([self._looked_at(generator, row) for row in held])
 
-    def _looked_at(self, generator: VistGenerator, memories: Sequence[VisualMemory]) -> list[Tensor]:
+    def _looked_at(self, generator: VistGenerator, memories: Sequence[VisualMemory]) -> list[tuple[Tensor, Tensor]]:
         if memories and not cast(CrossAttentionConfig, self.config.attention).direct:
-            return [soft for soft, _ in self.read_many(generator, [(m.latents, m.places) for m in memories])]
-        return [self.looked_at(generator, memory.latents, memory.places)[0] for memory in memories]
+            return self.read_many(generator, [(m.latents, m.places) for m in memories])
+        return [self.looked_at(generator, memory.latents, memory.places) for memory in memories]
 
     def looked_at(
         self, generator: VistGenerator, latents: Tensor, places: Tensor | None = None
@@ -288,18 +300,19 @@ class CrossAttentionFusion(SoftPromptFusion):
         seen = latents if places is None else merged(latents, places.to(like.device))
         return seen, torch.full((len(seen), 1), -1, device=like.device)
 
-    def memory_arguments(self, memories: Sequence[Sequence[Tensor]]) -> dict[str, Any]:
+    def memory_arguments(self, memories: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> dict[str, Any]:
         """What a model takes of the memories of a batch.
 
         Args:
-            memories: Of each prompt, what keys and values of its memories are made of (``looked_at``), float
-                ``[m, d]`` each.
+            memories: Of each prompt, what keys and values of its memories are made of, float ``[m, d]`` each, and the
+                tokens that these spell, int64 ``[m, s]`` (``looked_at``).
         Returns:
             ``memory_kv`` ``[b, layers, 2, kv_heads, m', d_head]``, ``memory_mask`` bool ``[b, m']`` and
-            ``memory_blocks``; nothing where no prompt has memory.
+            ``memory_blocks``; nothing where no prompt has memory. For a model that may point at memory also
+            ``memory_states`` ``[b, m', d_llm]`` and ``memory_shown`` int64 ``[b, m', s]``.
         """
         none = self.norm.weight.new_zeros(0, len(self.norm.weight))
-        rows = [torch.cat((none, *row)) for row in memories]
+        rows = [torch.cat((none, *(seen for seen, _ in row))) for row in memories]
         longest = max(map(len, rows), default=0)
         if not longest:
             return {}
@@ -315,7 +328,14 @@ class CrossAttentionFusion(SoftPromptFusion):
         # What is not there is zero: a row without memory looks at one zero and is told nothing.
         kv = kv * there[:, None, None, None, :, None]
         mask = there | ((place == 0) & (counts == 0)[:, None])
-        return {"memory_kv": kv, "memory_mask": mask, "memory_blocks": self.blocks}
+        given = {"memory_kv": kv, "memory_mask": mask, "memory_blocks": self.blocks}
+        if self.pointed is None:
+            return given
+        empty = torch.full((0, 1), -1, device=batch.device)
+        spelt = [side_by_side([empty, *(shown for _, shown in row)]) for row in memories]
+        slots = max(shown.shape[1] for shown in spelt)
+        wide = [F.pad(shown, (0, slots - shown.shape[1], 0, length - len(shown)), value=-1) for shown in spelt]
+        return {**given, "memory_states": self.pointed(normed), "memory_shown": torch.stack(wide)}
 
 
 def _sinusoids(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:

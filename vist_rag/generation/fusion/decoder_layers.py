@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from vist_rag.errors import ConfigError
 
-MEMORY_ARGUMENTS = ("memory_kv", "memory_mask", "memory_blocks")
+MEMORY_ARGUMENTS = ("memory_kv", "memory_mask", "memory_blocks", "memory_states", "memory_shown")
 """What a model's ``forward`` takes beside its own: see ``CrossAttentionFusion.condition``."""
 _PRE_NORM = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 _POST_NORM = ("attention", "intermediate", "output")
