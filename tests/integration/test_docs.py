@@ -44,10 +44,7 @@ NOTES = {
     "observatory": "The observatory of Velm stands on the hill above the town. It has been closed for years.",
     "bell": "The bell of the lightship is rung whenever the fog comes in from the strait.",
 }
-QUESTIONS = [
-    {"question": "When was the stone bridge at Saltharrow finished?", "answers": ["1867"]},
-    {"question": "Who designed the lighthouse on Cape Orrin?", "answers": ["Edda Marsh"]},
-]
+QUESTIONS = [{"question": "When was the stone bridge at Saltharrow finished?", "answers": ["1867"]}]
 
 
 @pytest.fixture
@@ -248,7 +245,7 @@ def test_few_blocks_are_not_run(record_property: Callable[[str, object], None]) 
         (["pip", "install", "vist-rag[everything]"], "no such extra"),
         (["make", "tea"], "no such target"),
         (["python", "benchmarks/render.py", "--fast"], "no option --fast"),
-        (["curl", "x"], "unknown program"),
+        (["wget", "x"], "unknown program"),
     ],
 )
 def test_a_command_that_is_not_there_is_found(words: list[str], message: str) -> None:
@@ -292,7 +289,8 @@ def test_every_page_is_in_the_index() -> None:
 @pytest.mark.parametrize(
     ("module", "page", "elsewhere"),
     [
-        ("vist_rag", "api", {"RendererConfig"}),  # which stands under configuration
+        # RendererConfig stands under configuration, and what inspects in how-to/inspect.md.
+        ("vist_rag", "api", {"RendererConfig", "Inspection", "MemoryView", "inspect_answer", "view_memory"}),
         ("langchain_vist", "api-langchain", set()),
         ("llama_index_vist", "api-llama-index", set()),
     ],

@@ -25,7 +25,7 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
-FOREIGN = {"ray", "vllm", "wait", "tensorboard"}
+FOREIGN = {"curl", "ray", "vllm", "wait", "tensorboard"}
 """Programs of others that a page may name."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import signal
 import socket
@@ -51,6 +52,8 @@ def serve(
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=grace_s
     )
+    gc.collect()
+    gc.freeze()  # models are not garbage: looking through them again and again takes as long as an answer
     with listening:
         if started is not None:
             shown = f"[{host}]" if ":" in host else host

@@ -58,7 +58,7 @@ async def test_the_key_opens_and_nothing_else_does() -> None:
     metrics = Metrics()
     admission = Admission(behind, api_key="abc", limits=Limits(), metrics=metrics, open_paths=["/health"])
     assert await ask(admission, authorization="Bearer abc") == 200
-    for wrong in ("Bearer abd", "Bearer ab", "Bearer abcd", "bearer", "abc", "Basic abc", "Bearer \xe9"):
+    for wrong in ("Bearer abx", "Bearer ab", "Bearer abcd", "bearer", "abc", "Basic abc", "Bearer \xe9"):
         assert await ask(admission, authorization=wrong) == 401
     assert await ask(admission) == 401
     assert await ask(admission, "/health") == 200
