@@ -44,7 +44,10 @@ NOTES = {
     "observatory": "The observatory of Velm stands on the hill above the town. It has been closed for years.",
     "bell": "The bell of the lightship is rung whenever the fog comes in from the strait.",
 }
-QUESTIONS = [{"question": "When was the stone bridge at Saltharrow finished?", "answers": ["1867"]}]
+QUESTIONS = [
+    {"question": "When was the stone bridge at Saltharrow finished?", "answers": ["1867"]},
+    {"question": "Who designed the lighthouse on Cape Orrin?", "answers": ["Edda Marsh"]},
+]
 
 
 @pytest.fixture
@@ -73,7 +76,6 @@ def models_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of notes, a report and questions, as the pages take them for granted."""
-    from tests.support.causal import causal_generator
     from tests.unit.retrieval.test_chunking import pdf_bytes
 
     monkeypatch.chdir(tmp_path)
@@ -82,9 +84,6 @@ def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "notes" / f"{name}.md").write_text(f"# {name.title()}\n\n{text}\n", encoding="utf-8")
     (tmp_path / "report.pdf").write_bytes(pdf_bytes("The tide at Dunmere turns at six in the morning."))
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    llm = causal_generator("qwen3")
-    llm.model.save_pretrained(tmp_path / "my-llm")
-    llm.tokenizer.save_pretrained(tmp_path / "my-llm")
     return tmp_path
 
 
@@ -98,9 +97,18 @@ def _results_of_nq() -> None:
     shutil.copy(ROOT / "benchmarks" / "results" / "eval" / "nq-test-gold.json", "results")
 
 
+def _language_model() -> None:
+    from tests.support.causal import causal_generator
+
+    llm = causal_generator("qwen3")
+    llm.model.save_pretrained("my-llm")
+    llm.tokenizer.save_pretrained("my-llm")
+
+
 BEFORE: dict[str, Callable[[], None]] = {
     "docs/how-to/evaluate.md": _index_of_notes,
     "docs/how-to/many-gpus.md": _index_of_notes,
+    "docs/how-to/own-llm.md": _language_model,
     "docs/how-to/reading-the-figures.md": _results_of_nq,
 }
 """What a page says that its reader has."""

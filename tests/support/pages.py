@@ -10,6 +10,7 @@ import shlex
 import textwrap
 import tomllib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,14 @@ def check_command(words: list[str]) -> None:
         assert words[0] in FOREIGN, f"unknown program: {words}"
 
 
+@cache
+def _commands() -> Any:
+    return typer.main.get_command(app)
+
+
 def _check_arguments(arguments: list[str]) -> None:
     """Fail where ``vist-rag`` has no such command, option or number of arguments; nothing is run."""
-    group: Any = typer.main.get_command(app)
+    group = _commands()
     if arguments[0].startswith("--"):
         assert arguments in (["--help"], ["--version"])
         return
