@@ -33,9 +33,9 @@ lint: $(VENV)/.installed-dev  ## Style, types, layers, spelling
 	@$(BIN)/codespell
 
 # Notebooks are executed, minutes the first time; make docs ARGS="-D nb_execution_mode=off" shows them without what they print.
-docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build
-	@OMP_NUM_THREADS=2 $(BIN)/sphinx-build -W --keep-going -q -b html $(ARGS) docs docs/_build
-	@echo "docs/_build/index.html"
+docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build/html
+	@OMP_NUM_THREADS=2 $(BIN)/sphinx-build -W --keep-going -q -b html $(ARGS) docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 clean:  ## Remove .venv and whatever was built or cached
 	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
