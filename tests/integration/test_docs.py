@@ -247,7 +247,7 @@ def test_few_blocks_are_not_run(record_property: Callable[[str, object], None]) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vist-rag", "ask", "When?", "--indx", "x"], "indx"),
+        (["vist-rag", "ask", "When?", "--folder", "x"], "folder"),
         (["vist-rag", "asks", "When?"], "no command asks"),
         (["vist-rag", "ask", "When?"], "is missing"),
         (["pip", "install", "vist-rag[everything]"], "no such extra"),
