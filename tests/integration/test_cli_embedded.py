@@ -1,10 +1,9 @@
-"""What a stranger types first, with the embedded model: ``vist-rag demo``, and the README's Python."""
+"""What a stranger types first, with the embedded model: ``vist-rag demo``."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 
 from tests.support.cli import ROOT
-from vist_rag.budget import POLICIES, Budget
 from vist_rag.checkpoint import SETTINGS_FILE, embedded_checkpoint
 
 pytestmark = [
@@ -57,40 +55,3 @@ def test_the_demo_runs_from_memory(report: dict[str, Any]) -> None:
             if citation["span"]:
                 start, end = citation["span"]
                 assert citation["text"][start:end] == citation["quote"]
-
-
-def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    roots = [str(ROOT), str(ROOT / "integrations")]
-    pipeline, langchain, llama_index = (
-        _run("-c", f"import sys; sys.path[:0] = {roots!r}\n{code}", cwd=tmp_path) for code in blocks
-    )
-    assert "Saltharrow bridge" in pipeline
-    assert (tmp_path / "my-index" / "passages.sqlite").is_file()
-    (before, positions_before), (after, positions_after) = (line.rsplit(maxsplit=1) for line in langchain.splitlines())
-    assert before == after == "Edda Marsh"
-    assert int(positions_after) < int(positions_before)
-    assert llama_index.splitlines() == ["Edda Marsh", "Edda Marsh"]
-
-
-def test_the_python_of_the_how_to_on_budgets_runs(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "how-to" / "budget.md").read_text("utf-8")
-    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    printed = _run("-c", f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n{block}", cwd=tmp_path)
-    tokens, rate, by_rank, raw = ([int(n) for n in line.split()] for line in printed.splitlines())
-    assert tokens[:2] == by_rank[:2] == [24, 24]
-    assert rate[0] == rate[1] == rate[2] // 4
-    assert raw[0] == 80 > raw[1] > 24
-    assert "`fixed` (default)" in page
-    assert Budget().policy == "fixed"
-
-
-def test_the_figures_of_the_how_to_on_budgets_are_those_of_the_file() -> None:
-    page = (ROOT / "docs" / "how-to" / "budget.md").read_text("utf-8")
-    result = json.loads((ROOT / "benchmarks" / "results" / "budget-exact.json").read_text("utf-8"))
-    assert result["violations"] == 0
-    assert (result["planned"]["cases"], result["answered"]["answers"]) == (10_000, 200)
-    for tokens in (64, 128):
-        cells = (result["quality"][f"tokens_{tokens}"][policy] for policy in POLICIES)
-        row = " | ".join(f"{cell['em']:.3f} [{cell['em_95'][0]:.3f}, {cell['em_95'][1]:.3f}]" for cell in cells)
-        assert f"| {tokens} | {row} |" in page

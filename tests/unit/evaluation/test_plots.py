@@ -132,6 +132,13 @@ def test_no_two_methods_share_a_marker_and_all_colours_stand_out_from_white() ->
             assert _contrast_with_white(look.colour) >= 3
 
 
+def test_words_and_numbers_of_a_plot_stand_out_as_text_must() -> None:
+    texts = {key: colour for key, colour in plots._STYLE.items() if key in ("text.color", "axes.labelcolor")}
+    assert len(texts) == 2
+    assert all(_contrast_with_white(str(colour)) >= 4.5 for colour in texts.values())
+    assert _contrast_with_white(str(plots._STYLE["axes.edgecolor"])) >= 3
+
+
 def _contrast_with_white(colour: str) -> float:
     """WCAG 2.2, definitions of contrast ratio and relative luminance."""
     assert re.fullmatch("#[0-9a-f]{6}", colour)
