@@ -12,7 +12,7 @@ DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs clean
+.PHONY: help demo test lint docs dist clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ lint: $(VENV)/.installed-dev  ## Style, types, layers, spelling
 docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build/html
 	@OMP_NUM_THREADS=2 $(BIN)/sphinx-build -W --keep-going -q -b html $(ARGS) docs docs/_build/html
 	@echo "docs/_build/html/index.html"
+
+# The wheel is installed into an environment of its own, without the checkout: what users will have.
+dist: $(VENV)/.installed-dev  ## Wheel and sdist, in dist/, installed into a clean environment and tried there
+	@$(BIN)/python .ci/dist.py $(ARGS)
 
 clean:  ## Remove .venv and whatever was built or cached
 	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

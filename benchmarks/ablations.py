@@ -35,8 +35,8 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Soft prompt or cross-attention": (
         "soft-prompt",
         "cross-attention-pointed",
-        "cross-attention",
         "cross-attention-every-second-layer",
+        "cross-attention",
     ),
 }
 PAPER = {
@@ -71,7 +71,8 @@ PAPER = {
     "Soft prompt or cross-attention": "Both ways in are learned afresh (`vist-rag train fusions`). The paper has "
     "cross-attention only. A soft prompt has it easier here: this generator was taught with soft prompts, and its "
     "pointer copies words from positions of the prompt; what cross-attention brings has none. `pointed` lets the pointer "
-    "copy from what looked-up memory spells, too; there it points at latents that have not met the question.",
+    "copy from what looked-up memory spells, too (also in every second layer); there it points at latents that have not "
+    "met the question.",
 }
 
 

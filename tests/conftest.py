@@ -1,4 +1,4 @@
-"""What every test gets: two threads, no network, and the data sets where there are any."""
+"""What every test gets: two threads at most, no network, and the data sets where there are any."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-# Before a test imports torch or a Hugging Face library, which read these once.
-for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    _asked = os.environ.get(_variable, "")
-    os.environ[_variable] = str(min(int(_asked), 2)) if _asked.isdigit() and int(_asked) > 0 else "2"
+# Before a test imports torch or a Hugging Face library, which read these once. Both say the same: torch goes by the
+# second, and processes of several threads each, as many as there are cores, wait for each other at full load.
+_asked = os.environ.get("OMP_NUM_THREADS", "")
+THREADS = min(int(_asked), 2) if _asked.isdigit() and int(_asked) > 0 else 2
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(THREADS)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

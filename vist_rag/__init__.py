@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         strip_spans,
         write_span,
     )
+    from vist_rag.inspection import Inspection, MemoryView, inspect_answer, view_memory
     from vist_rag.pipeline import VistRAG
     from vist_rag.reader import Marked, Reply, Said, VistReader
     from vist_rag.rendering import Renderer
@@ -53,7 +54,9 @@ __all__ = [
     "GivenVectors",
     "IncompatibleMemoryError",
     "InputError",
+    "Inspection",
     "Marked",
+    "MemoryView",
     "MissingDependencyError",
     "Passage",
     "PassageIndex",
@@ -79,9 +82,11 @@ __all__ = [
     "VistReader",
     "VisualMemory",
     "__version__",
+    "inspect_answer",
     "make_ref",
     "read_spans",
     "strip_spans",
+    "view_memory",
     "write_span",
 ]
 
@@ -95,7 +100,9 @@ _ROOM_OF = {
     "GivenVectors": "retrieval",
     "IncompatibleMemoryError": "errors",
     "InputError": "errors",
+    "Inspection": "inspection",
     "Marked": "reader",
+    "MemoryView": "inspection",
     "MissingDependencyError": "errors",
     "Passage": "types",
     "PassageIndex": "retrieval",
@@ -120,9 +127,11 @@ _ROOM_OF = {
     "VistRAG": "pipeline",
     "VistReader": "reader",
     "VisualMemory": "compression",
+    "inspect_answer": "inspection",
     "make_ref": "generation",
     "read_spans": "generation",
     "strip_spans": "generation",
+    "view_memory": "inspection",
     "write_span": "generation",
 }
 

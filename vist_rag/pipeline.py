@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -46,8 +47,8 @@ class VistRAG(VistReader):
         **settings: Any,
     ) -> None:
         super().__init__(compressor, generator, index=index, **settings)
-        self._questions: MicroBatcher[tuple[str, Budget, How], Answer] = MicroBatcher(
-            lambda asked: self._answer_batch([question for question, _, _ in asked], *asked[0][1:]),
+        self._questions: MicroBatcher[tuple[str, Budget, Asking], Answer] = MicroBatcher(
+            lambda asked: self.answer_batch([one[0] for one in asked], budget=asked[0][1], **asked[0][2]),
             max_batch_size=self._batcher.max_batch_size,
             max_wait_ms=self._batcher.max_wait_ms,
         )
@@ -94,20 +95,36 @@ class VistRAG(VistReader):
         return await asyncio.wrap_future(self._ask(question, budget, **how))
 
     def _ask(self, question: str, budget: Budget | None, **how: Unpack[Asking]) -> Future[Answer]:
-        budget, settled = budget or self.budget, self._how(**how)
-        return self._questions.submit((question, budget, settled), key=(budget, settled.key))
+        budget = budget or self.budget
+        return self._questions.submit((question, budget, how), key=(budget, self._how(**how).key))
 
     def answer_batch(
         self, questions: Sequence[str], *, budget: Budget | None = None, **how: Unpack[Asking]
     ) -> list[Answer]:
         """Answer questions together: one search, one generation, one seed; errors as ``answer``."""
-        return self._answer_batch(questions, budget or self.budget, self._how(**how))
+        return [trace.answer for trace in self.trace_batch(questions, budget=budget, **how)]
 
-    def _answer_batch(self, questions: Sequence[str], budget: Budget, how: How) -> list[Answer]:
-        clock = _Clock()
+    def trace_batch(
+        self,
+        questions: Sequence[str],
+        *,
+        budget: Budget | None = None,
+        plans: Sequence[Plan] | None = None,
+        **how: Unpack[Asking],
+    ) -> list[Trace]:
+        """As ``answer_batch``, each answer with what led to it.
+
+        Args:
+            questions: What is asked.
+            budget: For these questions; None means the pipeline's.
+            plans: How each question's passages are read; None: what the search finds, by the budget.
+            **how: See :class:`~vist_rag.reader.Asking`.
+        """
+        budget, clock, settled = budget or self.budget, _Clock(), self._how(**how)
         with clock("search"):
-            hits = self.index.search_batch(questions, budget.top_k)
-            plans = [self.plan(some, budget) for some in hits]
+            if plans is None:
+                hits = self.index.search_batch(questions, budget.top_k)
+                plans = [self.plan(some, budget) for some in hits]
         with clock("memory"):
             memories = self.memories(plans)
         prompts = [
@@ -115,10 +132,10 @@ class VistRAG(VistReader):
             for question, plan, read in zip(questions, plans, memories, strict=True)
         ]
         with clock("generate"):
-            generations = self.generator.generate(prompts, **how.arguments())
+            generations = self.generator.generate(prompts, **settled.arguments())
         timings = clock.timings_ms()
         return [
-            self._answer(question, generation, plan, prompt, timings)
+            Trace(self._answer(question, generation, plan, prompt, timings), plan, prompt, generation)
             for question, generation, plan, prompt in zip(questions, generations, plans, prompts, strict=True)
         ]
 
@@ -159,6 +176,23 @@ class VistRAG(VistReader):
         guarded = {one.hit.passage.id: one.reason for one in plan.guarded}
         usage = Usage(origin, compressed, generation.prompt_tokens, generation.completion_tokens, plan.limit, guarded)
         return Answer(question, text, citations, usage, timings_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """An answer, with what led to it.
+
+    Attributes:
+        answer: The answer.
+        plan: How the passages were read.
+        prompt: What the generator was asked.
+        generation: What it said.
+    """
+
+    answer: Answer
+    plan: Plan
+    prompt: Prompt
+    generation: Generation
 
 
 class AnswerStream(Streamed):
@@ -233,4 +267,4 @@ class _Clock:
         return {**self._stages, "total": (time.perf_counter() - self._begin) * 1000}
 
 
-__all__ = ["AnswerStream", "VistRAG", "compress", "encode_lacking"]
+__all__ = ["AnswerStream", "Trace", "VistRAG", "compress", "encode_lacking"]

@@ -615,7 +615,7 @@ async def test_many_at_once_answer_alike_and_leave_the_loop_free(
         assert [str(response) for response in together] == alone
         worst.append(max(gaps))
     assert len(gaps) > 5
-    assert min(worst) < 0.2, worst  # a loop that waits for them stands still for a second
+    assert min(worst) < 0.05, worst
 
 
 async def test_streams_leave_the_loop_free(index: PassageIndex, llm: VistLLM) -> None:
@@ -625,7 +625,7 @@ async def test_streams_leave_the_loop_free(index: PassageIndex, llm: VistLLM) ->
         said = await asyncio.gather(*(ask(asked, question, "astream") for question in QUESTIONS))
     assert said[0] == "512 metres"
     assert len(gaps) > 5
-    assert min(sorted(gaps)[-3:]) < 0.2
+    assert max(gaps) < 0.05, sorted(gaps)[-3:]
 
 
 async def test_a_model_is_loaded_once_and_beside_the_loop(loaded: VistReader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,7 +641,7 @@ async def test_a_model_is_loaded_once_and_beside_the_loop(loaded: VistReader, mo
     assert llm.to_payload() == {"class_name": "VistLLM", "model_name": "vist-rag", "max_tokens": None}
     assert not loads
     message = [ChatMessage("Question: who?\nAnswer:")]
-    async with heartbeat() as gaps:
+    async with heartbeat(time.perf_counter) as gaps:  # loading sleeps here, and works nothing
         chat, complete, predicted, stream = await asyncio.gather(
             llm.achat(message),
             llm.acomplete("Question: who?\nAnswer:"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -92,3 +93,9 @@ def test_every_makefile_target_is_described() -> None:
     assert phony is not None
     described = re.findall(r"^([a-z]+):.*## \S", makefile, flags=re.MULTILINE)
     assert sorted(described) == sorted(phony[1].split())
+
+
+def test_torch_takes_no_more_threads_than_the_tests_were_given() -> None:
+    import torch
+
+    assert torch.get_num_threads() == min(int(os.environ["OMP_NUM_THREADS"]), os.cpu_count() or 1)

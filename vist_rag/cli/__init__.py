@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vist_rag.cli import ask, costs, demo, eval, index, info, probe, reindex, render, report, serve, train
+from vist_rag.cli import ask, costs, demo, eval, index, info, inspect, probe, reindex, render, report, serve, train
 
 app = typer.Typer(
     name="vist-rag",
@@ -52,6 +52,10 @@ for _command, _examples in (
     ),
     (reindex.reindex, ("vist-rag reindex --index my-index --model my-checkpoint --drop-others",)),
     (ask.ask, ("vist-rag ask 'When was the bridge built?' --index my-index --k-raw 1 --k-memory 4",)),
+    (
+        inspect.inspect,
+        ("vist-rag inspect 'When was the bridge built?' --index my-index --k-memory 3 -o inspect.html",),
+    ),
     (
         serve.serve,
         ("vist-rag serve --index my-index", "vist-rag serve --index my-index --host 0.0.0.0 --api-key-file key.txt"),

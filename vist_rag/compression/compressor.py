@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -162,15 +163,37 @@ class PassageCompressor(PreTrainedModel):
         Returns:
             Latents, float ``[p, n, d]``, and which of them stand for text, bool ``[p, n]``.
         """
+        features, attended, standing = self._read(pixel_values, patch_mask)
+        latents, _ = self.resampler(features, attended)
+        return latents, windows_of_text(standing, self.window)
+
+    def _read(self, pixel_values: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, float ``[p, s', d_v]``, which of them are attended to, and which hold text, bool ``[p, s']``."""
         first = torch.arange(patch_mask.shape[1], device=patch_mask.device) == 0
         patch_mask = patch_mask | first  # a blank page is its first patch: attention over nothing is NaN
-        if not self.resampler_config.mask_blank:
-            features = self.features(pixel_values, torch.ones_like(patch_mask))
-            latents, _ = self.resampler(features, torch.ones_like(patch_mask))
-            return latents, windows_of_text(patch_mask, self.window)
-        features = self.features(pixel_values, patch_mask)
-        latents, standing = self.resampler(features, patch_mask[:, : features.shape[1]])
-        return latents, standing
+        attended = patch_mask if self.resampler_config.mask_blank else torch.ones_like(patch_mask)
+        features = self.features(pixel_values, attended)
+        return features, attended[:, : features.shape[1]], patch_mask[:, : features.shape[1]]
+
+    @torch.no_grad()
+    def attention(self, pages: Pages, page: int = 0) -> Tensor:
+        """Where the latents of a page look, layer by layer and head by head.
+
+        Args:
+            pages: What this compressor's renderer made of a text.
+            page: Which of them.
+        Returns:
+            Weights of the resampler, float32 ``[layers, heads, n, s + n]``, on the CPU: first those of the patches,
+            then those of the latents themselves; they sum to one. The latents are those that ``encode`` makes.
+        Raises:
+            InputError: If there is no such page.
+        """
+        pages.check(page)
+        features, attended, _ = self._read(pages.pixel_values[page : page + 1], pages.patch_mask[page : page + 1])
+        weights = cast(PerceiverResampler, self.resampler).attention(features, attended)[:, 0].float().cpu()
+        seen, s = features.shape[1], pages.patch_mask.shape[1]
+        n = self._latents_of(int(pages.patch_mask[page].sum()))
+        return torch.cat((F.pad(weights[..., :n, :seen], (0, s - seen)), weights[..., :n, seen:]), dim=-1)
 
     def count_latents(self, text: str) -> int:
         """How many latents ``encode`` will make of a text: known from its layout alone, without the tower."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -27,16 +29,28 @@ class PerceiverBlock(nn.Module):
 
     def forward(self, latents: Tensor, features: Tensor, mask: Tensor) -> Tensor:
         """Latents ``[p, n, d]``, features ``[p, s, d]``, mask ``[p, s + n]`` -> latents ``[p, n, d]``."""
+        q, k, v = self._heads(latents, features)
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        latents = latents + self.output(read.transpose(1, 2).flatten(2))
+        fed: Tensor = self.feed_forward(latents)
+        return latents + fed
+
+    def attention(self, latents: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        """The weights that ``forward`` reads with, which fused attention does not tell: ``[p, heads, n, s + n]``."""
+        q, k, _ = self._heads(latents, features)
+        scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
+        weights: Tensor = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(-1)
+        return weights
+
+    def _heads(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the latents, keys and values of features and latents: ``[p, heads, ..., d / heads]`` each."""
         queries = self.norm_latents(latents)
         sources = torch.cat((self.norm_features(features), queries), dim=1)  # [p, s + n, d]
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in (self.query(queries), *self.key_value(sources).chunk(2, dim=-1))
         )
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-        latents = latents + self.output(read.transpose(1, 2).flatten(2))
-        fed: Tensor = self.feed_forward(latents)
-        return latents + fed
+        return q, k, v
 
 
 def windows_of_text(mask: Tensor, window: int) -> Tensor:
@@ -95,6 +109,20 @@ class PerceiverResampler(nn.Module):
         Raises:
             ShapeError: If the features' width is not the one this resampler was built for.
         """
+        return self._read(features, mask)
+
+    def attention(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Where each latent looks, layer by layer and head by head; arguments and errors as :meth:`forward`.
+
+        Returns:
+            Weights, float ``[layers, p, heads, n, s + n]``: first those of the patches, then those of the latents
+            themselves; they sum to one.
+        """
+        weights: list[Tensor] = []
+        self._read(features, mask, weights)
+        return torch.stack(weights)
+
+    def _read(self, features: Tensor, mask: Tensor, weights: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if features.shape[-1] != self.feature_width:
             raise ShapeError(
                 f"features must be {self.feature_width} wide (tower width x layers read), got {features.shape[-1]}; "
@@ -109,6 +137,8 @@ class PerceiverResampler(nn.Module):
         attended = torch.cat((mask, standing), dim=1)
         projected = self.project(features)
         for block in self.blocks:
+            if weights is not None:
+                weights.append(cast(PerceiverBlock, block).attention(latents, projected, attended))
             latents = block(latents, projected, attended)
         latents = self.norm_out(latents)
         if self.project_spelling is not None:
@@ -143,7 +173,16 @@ class WindowPooling(nn.Module):
         """Features ``[p, s, feature_width]`` and mask ``[p, s]`` -> latents ``[p, n, d]`` and which stand for text."""
         padding = -features.shape[1] % self.window
         windows = F.pad(features * mask[..., None], (0, 0, 0, padding)).unflatten(1, (-1, self.window))
-        counts = F.pad(mask, (0, padding)).unflatten(1, (-1, self.window)).sum(-1)
+        counts = F.pad(mask, (0, padding)).unflatten(1, (-1, self.window)).sum(-1)  # [p, n]
         pooled = windows.sum(2) / counts.clamp(min=1)[..., None]
         latents: Tensor = self.project(pooled)
         return latents, counts > 0
+
+    def attention(self, features: Tensor, mask: Tensor) -> Tensor:
+        """As of a resampler with one layer and one head: a mean looks at all of its window alike."""
+        patches = torch.arange(mask.shape[1], device=mask.device)
+        n = -(-len(patches) // self.window)
+        own = patches // self.window == torch.arange(n, device=mask.device)[:, None]  # [n, s]
+        weights = (own & mask[:, None]).float()  # [p, n, s]
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
+        return F.pad(weights, (0, n))[None, :, None]

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -41,11 +41,13 @@ class Generation:
         text: The text, stop string and special tokens removed, stripped of white space.
         prompt_tokens: Positions that the prompt took; latents count where they take none, too.
         completion_tokens: Tokens generated, the end-of-sequence token included.
+        token_ids: Of the answer, without what ends it; empty where a server does not tell them.
     """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
+    token_ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
 
 class VistGenerator:
@@ -415,7 +417,8 @@ class VistGenerator:
         while stop and holds_any(self._decode(kept[:-1]), stop):
             kept.pop()
         text = "".join(until([self._decode(kept)], stop))
-        return Generation(text.strip(), prompt_tokens, len(kept))
+        written = tuple(token for token in kept if token not in ends)
+        return Generation(text.strip(), prompt_tokens, len(kept), written)
 
     def _decode(self, token_ids: list[int]) -> str:
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True))

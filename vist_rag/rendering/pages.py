@@ -57,8 +57,7 @@ class Pages:
             from PIL import Image
         except ImportError as error:
             raise MissingDependencyError("Making a picture", "pillow", "fonts") from error
-        if not 0 <= page < len(self):
-            raise InputError(f"page must be in 0..{len(self) - 1} (pages rendered), got {page}.")
+        self.check(page)
         values = self.pixel_values[page, 0].float().cpu().numpy()  # [size, size]
         rows = math.isqrt(self.patch_mask.shape[1])
         size = len(values) // rows
@@ -66,10 +65,39 @@ class Pages:
         darkest, lightest = values[text].min(initial=np.inf), values[text].max(initial=-np.inf)
         grey = (values - darkest) / max(lightest - darkest, 1e-6) * 255
         grey = np.where(text, grey.round(), _BLANK).astype(np.uint8).reshape(rows, size, -1)
-        gap = max(2, size // 4)
+        gap = _gap(size)
         picture = np.pad(grey, ((0, 0), (0, gap), (0, 0)), constant_values=_GAP).reshape(rows * (size + gap), -1)
         picture = np.pad(picture, ((gap, 0), (gap, gap)), constant_values=_GAP)
         return Image.fromarray(picture.repeat(scale, 0).repeat(scale, 1))
+
+    def boxes(self, *, scale: int = 3) -> np.ndarray:
+        """Where each patch stands in the picture that :meth:`to_image` makes.
+
+        Args:
+            scale: As there.
+        Returns:
+            Left, top, width and height in pixels, int64 ``[s, 4]``.
+        """
+        s = self.patch_mask.shape[1]
+        columns = math.isqrt(s)
+        size = self.pixel_values.shape[-1] // columns
+        row, column = np.divmod(np.arange(s), columns)
+        gap, sizes = _gap(size), np.full(s, size)
+        return scale * np.stack((gap + column * size, gap + row * (size + gap), sizes, sizes), axis=1)
+
+    def check(self, page: int) -> None:
+        """Refuse a page that there is none of.
+
+        Raises:
+            InputError: If there is no such page.
+        """
+        if not 0 <= page < len(self):
+            raise InputError(f"page must be in 0..{len(self) - 1} (pages rendered), got {page}.")
+
+
+def _gap(size: int) -> int:
+    """Pixels between the rows of a picture, for patches of so many."""
+    return max(2, size // 4)
 
 
 def check_texts(texts: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Collection, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Collection
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -18,14 +18,16 @@ from vist_rag.serving.answering import Asked, answer, stream
 from vist_rag.serving.events import EventStream
 from vist_rag.serving.limits import CHAT_PATH, LEFT, Admission, Limits
 from vist_rag.serving.metrics import Metrics
+from vist_rag.serving.page import OPEN_PATHS as PAGE_PATHS
+from vist_rag.serving.page import page_router
 from vist_rag.serving.refusal import Json, Refusal, refuse_in_openai_s_way
 from vist_rag.serving.schema import ChatRequest, chunk_json, citations_json, completion_json, usage_json
 from vist_rag.types import Answer
 
 Whole = TypeVar("Whole")
 
-OPEN_PATHS = ("/", "/page.css", "/page.js", "/health")
-"""Asked for without a key: a page, before it has shown anything of the index, and whether the server is up."""
+OPEN_PATHS = ("/health", *PAGE_PATHS)
+"""Asked for without a key: whether the server is up, and the page itself, which shows nothing of the index."""
 
 
 def create_app(
@@ -35,9 +37,8 @@ def create_app(
     api_key: str | None = None,
     limits: Limits | None = None,
     allowed_hosts: Collection[str] = ("*",),
-    routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
-    """An OpenAI-compatible server over an index.
+    """An OpenAI-compatible server over an index, with a page at ``/`` to ask it and see what it read.
 
     Args:
         rag: What answers. The index stays open, and the caller closes it.
@@ -46,7 +47,6 @@ def create_app(
         limits: What a request may take; None: the defaults of :class:`~vist_rag.serving.limits.Limits`.
         allowed_hosts: Names in the ``Host`` header that are served. A server without a key names its own, so that no
             site that a browser on this machine visits can reach it under another name.
-        routers: Further paths, behind the same key and limits.
     """
     limits, metrics = limits or Limits(), Metrics()
     app = FastAPI(
@@ -61,8 +61,7 @@ def create_app(
     refuse_in_openai_s_way(app)
     app.include_router(_about(model_name, metrics))
     app.include_router(_chat(rag, model_name, limits, metrics))
-    for router in routers:
-        app.include_router(router)
+    app.include_router(page_router(rag))
     return app
 
 
@@ -95,7 +94,8 @@ def _chat(rag: VistRAG, model_name: str, limits: Limits, metrics: Metrics) -> AP
 
     @router.post(CHAT_PATH)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        begin = time.monotonic()
+        clock = asyncio.get_running_loop().time
+        begin = clock()
         _check_model(body.model, model_name)
         asked = Asked.of(body, rag, limits)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
@@ -123,8 +123,8 @@ def _chat(rag: VistRAG, model_name: str, limits: Limits, metrics: Metrics) -> AP
         events = documents()
         # What goes wrong before the first piece is told by the status.
         first = await _while_listened(request, anext(events), limits.timeout_s)
-        metrics.first_token_seconds.observe(time.monotonic() - begin)
-        return EventStream(first, events, asyncio.get_running_loop().time() + limits.timeout_s)
+        metrics.first_token_seconds.observe(clock() - begin)
+        return EventStream(first, events, begin + limits.timeout_s)
 
     return router
 

@@ -85,6 +85,38 @@ def test_block_is_attention_over_features_and_latents() -> None:
     torch.testing.assert_close(block(latents, features, mask)[0], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_attention_of_a_block_is_what_it_reads_with() -> None:
+    """Its weights times its values are what the fused kernel reads."""
+    torch.manual_seed(0)
+    block = PerceiverBlock(width=8, heads=2, expansion=2)
+    latents, features = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    mask = torch.tensor([[True, True, True, False, False, True, True, False]])
+    queries = block.norm_latents(latents[0])
+    sources = torch.cat((block.norm_features(features[0]), queries))
+    keys = sources @ block.key_value.weight[:8].T
+    weights = block.attention(latents, features, mask)
+    for head in range(2):
+        part = slice(4 * head, 4 * head + 4)
+        scores = ((queries @ block.query.weight.T)[:, part] @ keys[:, part].T / 2).exp() * mask
+        torch.testing.assert_close(weights[0, head], scores / scores.sum(1, keepdim=True))
+    values = (sources @ block.key_value.weight[8:].T).unflatten(-1, (2, 4)).transpose(0, 1)
+    read = latents + (weights[0] @ values).transpose(0, 1).flatten(1) @ block.output.weight.T
+    torch.testing.assert_close(block(latents, features, mask), read + block.feed_forward(read))
+
+
+def test_attention_is_told_layer_by_layer_and_changes_nothing(resampler: PerceiverResampler) -> None:
+    features, mask = page(9, 30)
+    before = resampler(features, mask)[0]
+    weights = resampler.attention(features, mask)
+    assert weights.shape == (2, 2, 2, 8, S + 8)  # layers, pages, heads, latents, patches and latents
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 2, 8))
+    assert weights[:, 0, :, :, 9:S].abs().max() == 0  # blank patches
+    assert weights[:, 0, :, :, S + 3 :].abs().max() == 0  # latents that stand for them
+    assert (weights[:, 0, :, :, :9] > 0).all()
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(resampler(features, mask)[0], before)
+
+
 def test_features_of_another_width_are_refused(resampler: PerceiverResampler) -> None:
     with pytest.raises(ShapeError, match=r"features must be 12 wide .* got 13"):
         resampler(torch.zeros(1, S, 13), torch.ones(1, S, dtype=torch.bool))
@@ -152,3 +184,12 @@ def test_pooling_does_not_read_what_is_absent() -> None:
     pool, (features, mask) = pooling(4), page(10)
     noisy = torch.where(mask[..., None], features, torch.full_like(features, 9.0))
     assert torch.equal(pool(features, mask)[0], pool(noisy, mask)[0])
+
+
+def test_a_mean_looks_at_its_window_alike() -> None:
+    pooling = WindowPooling(CONFIG, WIDTH, window=4)
+    features, mask = page(6, longest=8)
+    (weights,) = pooling.attention(features, mask)[0, :, 0]
+    expected = torch.zeros(2, 8 + 2)
+    expected[0, :4], expected[1, 4:6] = 1 / 4, 1 / 2
+    assert torch.equal(weights, expected)

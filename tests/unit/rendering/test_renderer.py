@@ -151,6 +151,10 @@ def test_a_picture_shows_the_page(atlas: GlyphAtlas) -> None:
     assert len(shade) == 1
     assert 0 < shade[0] < 255
     assert picture[17:20].std() == 0
+    left, top, width, height = pages.boxes(scale=2)[5].tolist()  # of four patches a row
+    assert (left, top, width, height) == (2 * 17, 2 * 20, 28, 28)
+    np.testing.assert_allclose(np.asarray(pages.to_image(0, scale=2))[top : top + 28, left : left + 28][::2, ::2],
+                               picture[20:34, 17:31])  # fmt: skip
     with pytest.raises(InputError, match=r"page must be in 0\.\.0"):
         pages.to_image(1)
 
