@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vist_rag.budget import Budget, Policy
-from vist_rag.errors import ConfigError, InputError
 from vist_rag.inspection import inspect_answer, page_files
 from vist_rag.pipeline import VistRAG
+from vist_rag.serving.refusal import Json
 
 OPEN_PATHS = ("/", "/page.css", "/page.js")
 """What a browser asks for before anybody could give a key; nothing of the index is in it."""
@@ -88,19 +87,12 @@ def page_router(rag: VistRAG) -> APIRouter:
 
     @router.post("/inspect")
     async def inspect(asked: AskedQuestion) -> Response:
-        try:
-            budget = asked.budget.over(rag.budget)
-            async with turn:
-                found = await run_in_threadpool(lambda: inspect_answer(rag, asked.question, budget=budget).to_dict())
-        except (ConfigError, InputError) as error:
-            return _json({"error": {"message": str(error)}}, 400)
-        return _json(found)
+        budget = asked.budget.over(rag.budget)
+        async with turn:
+            found = await run_in_threadpool(lambda: inspect_answer(rag, asked.question, budget=budget).to_dict())
+        return Json(found, headers={"Cache-Control": "no-store"})
 
     return router
-
-
-def _json(document: Any, status: int = 200) -> Response:
-    return JSONResponse(document, status, headers={"Cache-Control": "no-store"})
 
 
 __all__ = ["OPEN_PATHS", "page_router"]
