@@ -453,7 +453,7 @@ class MemoryReading(nn.Module):
         windows: Sequence[Window],
         places: Sequence[Tensor],
         shown: Tensor,
-        sizes: Sequence[int],
+        sizes: Sequence[int] = (),
     ) -> Tensor:
         """Places that show each token to be written, and its end, as ``CopyAttention`` counts them.
 
