@@ -12,10 +12,10 @@ DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint docs notebooks dist clean
+.PHONY: help demo test lint docs dist clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## Index the bundled corpus, compress it, ask it questions: offline, on any machine
 	@$(BIN)/vist-rag demo
@@ -32,25 +32,14 @@ lint: $(VENV)/.installed-dev  ## Style, types, layers, spelling
 	@$(BIN)/lint-imports --no-cache
 	@$(BIN)/codespell
 
-# Notebooks are executed, minutes the first time; make docs ARGS="-D nb_execution_mode=off" shows them without what they print.
-docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build/html
-	@OMP_NUM_THREADS=2 $(BIN)/sphinx-build -W --keep-going -q -b html $(ARGS) docs docs/_build/html
+# A notebook that fails is an error. Each is executed again only when it changes; ARGS="-D nb_execution_mode=off": none is.
+docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build/html; every notebook is executed
+	@OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -b html $(ARGS) docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 # The wheel is installed into an environment of its own, without the checkout: what users will have.
 dist: $(VENV)/.installed-dev  ## Wheel and sdist, in dist/, installed into a clean environment and tried there
 	@$(BIN)/python .ci/dist.py $(ARGS)
-
-# One kernel after another, offline; the first cell that fails ends it.
-notebooks: $(VENV)/.installed-dev  ## Execute every notebook, into docs/_build/notebooks
-	@mkdir -p docs/_build/notebooks
-	@for notebook in notebooks/*.py; do \
-		out=docs/_build/notebooks/$$(basename $$notebook .py).ipynb; begin=$$(date +%s); \
-		$(BIN)/jupytext --quiet --to ipynb --output $$out $$notebook \
-			&& OMP_NUM_THREADS=1 $(BIN)/jupyter-execute --JupyterApp.log_level=WARN --timeout=600 --inplace $$out \
-			|| exit 1; \
-		echo "$$out  $$(($$(date +%s) - begin)) s"; \
-	done
 
 clean:  ## Remove .venv and whatever was built or cached
 	rm -rf $(VENV) dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """Notebooks: they read like tutorials and import what users may; the first one is executed.
 
-``make notebooks`` and the documentation's build execute all of them.
+The documentation's build (``make docs``) executes all of them.
 """
 
 from __future__ import annotations
