@@ -139,7 +139,7 @@ def test_a_command_that_was_killed_goes_on_where_it_was(
     docs: Path, checkpoint: Path, local: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     index, parquet = tmp_path / "index", tmp_path / "parquet"
-    arguments = ["index", docs, "--index", index, "--model", checkpoint, "--engine", "ray", "--workers", 2, *EXACT]
+    arguments = ["index", docs, "--index", index, "--model", checkpoint, "--engine", "ray", "--workers", 1, *EXACT]
     arguments += ["--parquet", parquet, "--part", PART]
     running = subprocess.Popen(
         [sys.executable, "-m", "tests.support.bulk", *map(str, arguments)],

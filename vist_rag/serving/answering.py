@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from vist_rag.budget import Budget, Plan
-from vist_rag.errors import ConfigError
 from vist_rag.generation import Sampling
 from vist_rag.pipeline import VistRAG
 from vist_rag.quoting import find_span
@@ -67,14 +66,9 @@ class Asked:
 
 
 def _budget(request: ChatRequest, rag: VistRAG, limits: Limits) -> Budget:
-    given = request.vist_rag.model_dump(exclude_none=True)
-    if given.keys() & {"tokens", "rate"}:  # either takes the place of the server's own
-        given = {"tokens": None, "rate": None, **given}
-    budget = replace(rag.budget, **given)
-    if "policy" in given and budget.tokens is None and budget.rate is None:
-        raise ConfigError("vist_rag.policy must have a limit to divide, got none; give tokens or rate.")
+    budget = request.vist_rag.over(rag.budget)
     most = min(limits.max_passages, len(rag.index))
-    if given.keys() & {"k_raw", "k_memory"} and budget.top_k > most:
+    if request.vist_rag.model_fields_set & {"k_raw", "k_memory"} and budget.top_k > most:
         allowed = f"1..{most} (passages that may be read here)"
         message = f"k_raw + k_memory must be in {allowed}, got {budget.top_k}; lower them."
         raise Refusal(400, message, param="vist_rag")

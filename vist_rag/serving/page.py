@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
-from typing import Annotated
 
 from fastapi import APIRouter, Response
 from fastapi.concurrency import run_in_threadpool
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from vist_rag.budget import Budget, Policy
+from vist_rag.errors import ConfigError
 from vist_rag.inspection import inspect_answer, page_files
 from vist_rag.pipeline import VistRAG
 from vist_rag.serving.refusal import Json
+from vist_rag.serving.schema import Options
 
 OPEN_PATHS = ("/", "/page.css", "/page.js")
 """What a browser asks for before anybody could give a key; nothing of the index is in it."""
@@ -29,28 +28,6 @@ _HEADERS = {
 _MOST = 16
 """Passages that are shown at most: each has a picture."""
 
-_Count = Annotated[int, Field(ge=0, le=_MOST)]
-
-
-class AskedBudget(BaseModel):
-    """Fields of :class:`~vist_rag.budget.Budget`; what is not given is the pipeline's own."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    k_raw: _Count | None = None
-    k_memory: _Count | None = None
-    latents: int | None = None
-    tokens: int | None = None
-    rate: float | None = None
-    policy: Policy | None = None
-
-    def over(self, own: Budget) -> Budget:
-        """The pipeline's budget with what is given here; a limit takes the place of another one."""
-        given = self.model_dump(exclude_none=True)
-        if given.keys() & {"tokens", "rate"}:
-            given = {"tokens": None, "rate": None, **given}
-        return replace(own, **given)
-
 
 class AskedQuestion(BaseModel):
     """What the page sends."""
@@ -58,7 +35,7 @@ class AskedQuestion(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     question: str
-    budget: AskedBudget = AskedBudget()
+    budget: Options = Options()
 
 
 def page_router(rag: VistRAG) -> APIRouter:
@@ -88,6 +65,8 @@ def page_router(rag: VistRAG) -> APIRouter:
     @router.post("/inspect")
     async def inspect(asked: AskedQuestion) -> Response:
         budget = asked.budget.over(rag.budget)
+        if budget.top_k > _MOST:
+            raise ConfigError(f"k_raw + k_memory must be in 1..{_MOST} on this page, got {budget.top_k}; lower them.")
         async with turn:
             found = await run_in_threadpool(lambda: inspect_answer(rag, asked.question, budget=budget).to_dict())
         return Json(found, headers={"Cache-Control": "no-store"})

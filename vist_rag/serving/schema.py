@@ -6,11 +6,13 @@ change the answer are refused by name.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vist_rag.budget import Policy
+from vist_rag.budget import Budget, Policy
+from vist_rag.errors import ConfigError
 from vist_rag.serving.refusal import Refusal
 from vist_rag.types import Answer, Usage
 
@@ -65,6 +67,20 @@ class Options(BaseModel):
     tokens: int | None = None
     rate: float | None = None
     policy: Policy | None = None
+
+    def over(self, own: Budget) -> Budget:
+        """The server's own budget with what is asked for here; a limit takes the place of another one.
+
+        Raises:
+            ConfigError: If a number is out of range, or a policy has no limit to divide.
+        """
+        given = self.model_dump(exclude_none=True)
+        if given.keys() & {"tokens", "rate"}:
+            given = {"tokens": None, "rate": None, **given}
+        budget = replace(own, **given)
+        if "policy" in given and budget.tokens is None and budget.rate is None:
+            raise ConfigError("policy must have a limit to divide, got none; give tokens or rate.")
+        return budget
 
 
 class StreamOptions(BaseModel):

@@ -176,6 +176,7 @@ def continued(start: Path) -> dict[str, Any]:
     return {
         "start": {"checkpoint": str(start)},
         "data": {"text": ["texts.jsonl"]},
+        "probe": {"measure": False},
         "stages": [stage("align", **reading), stage("distill", tasks={"continue": {"weight": 1.0, "words": [6, 20]}})],
         "settings": {"max_new_tokens": 4},
     }

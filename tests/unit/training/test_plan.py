@@ -146,7 +146,8 @@ def planned(recipe: Mapping[str, Any], data: Path, output: Path, **options: Any)
 
 
 def with_data(recipe: dict[str, Any]) -> dict[str, Any]:
-    return {"seed": 3, "data": {"text": ["texts.jsonl"], "questions": {"questions.jsonl": 1.0}}, **recipe}
+    data = {"text": ["texts.jsonl"], "questions": {"questions.jsonl": 1.0}}
+    return {"seed": 3, "data": data, "probe": {"measure": False}, **recipe}
 
 
 @dataclass
