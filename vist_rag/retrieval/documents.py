@@ -152,8 +152,30 @@ def _read_text(path: Path) -> Document:
 _MARKDOWN_LINE = re.compile(r"^ {0,3}(?:(?P<fence>```|~~~)|#{1,6}[ \t]+(?P<heading>[^\n]*?)[ \t#]*$)", re.MULTILINE)
 
 
+_LINK = re.compile(  # or code, in which brackets are no link
+    r"""`[^`\n]*`|!?\[(?P<label>[^\[\]\n]*)\]\((?:<[^<>\n]*>|[^\s()]*(?:\([^\s()]*\)[^\s()]*)*)(?:\s+"[^"\n]*")?\)"""
+)
+
+
+def _links_as_their_text(text: str) -> str:
+    """Markdown without the addresses of its links, which nobody reads aloud; code is left as it is."""
+
+    def shown(found: re.Match[str]) -> str:
+        return found[0] if found["label"] is None else found["label"]
+
+    pieces, begin, fence = [], 0, ""
+    for line in _MARKDOWN_LINE.finditer(text):
+        mark = line["fence"]
+        if mark and fence in ("", mark):
+            piece = text[begin : line.start()]
+            pieces.append(piece if fence else _LINK.sub(shown, piece))
+            begin, fence = line.start(), "" if fence else mark
+    pieces.append(text[begin:] if fence else _LINK.sub(shown, text[begin:]))
+    return "".join(pieces)
+
+
 def _read_markdown(path: Path) -> Document:
-    text = decode(read_bytes(path), str(path))
+    text = _links_as_their_text(decode(read_bytes(path), str(path)))
     headings: list[Span] = []
     title, fence = "", ""
     for line in _MARKDOWN_LINE.finditer(text):

@@ -147,6 +147,18 @@ def test_markdown_title_is_the_first_heading_and_headings_begin_passages(tmp_pat
     assert passages[1].text == f"## Storms\n{SENTENCE}"
 
 
+def test_links_of_markdown_are_read_as_their_text(tmp_path: Path) -> None:
+    text = (
+        'Read [the npm folders](/configuring-npm/folders "Folders") and [a wiki](<a b>), or ![a map](map.png) of it '
+        "([here](x_(y).md)).\n`[kept](as/code)` [not a link] (so)\n```\n[kept](too)\n```\n[gone](again)"
+    )
+    (passage,) = read_passages(written(tmp_path / "a.md", text))
+    assert passage.text == (
+        "Read the npm folders and a wiki, or a map of it (here).\n`[kept](as/code)` [not a link] (so)\n```\n"
+        "[kept](too)\n```\ngone"
+    )
+
+
 def test_html_is_read_as_a_browser_shows_it(tmp_path: Path) -> None:
     html = (
         "<!doctype html><html><head><title>Sea &amp;\n Storm</title><style>p{}</style></head><body><nav>Home</nav>"
