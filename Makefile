@@ -6,9 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # --no-compile: byte code is written for what is imported, not for the thousands of modules that never are.
 PIP_INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-input -c constraints.txt
-# What the notebooks import, and what the API pages describe.
-DOCS_EXTRAS := offline,fonts,train,langchain,langchain-agents,llama-index,remote,serve,notebooks,docs
-DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray,remote,serve,notebooks,dev
+DEV_EXTRAS := offline,pdf,fonts,train,langchain,langchain-agents,llama-index,ray,remote,serve,notebooks,docs,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,7 +31,7 @@ lint: $(VENV)/.installed-dev  ## Style, types, layers, spelling
 	@$(BIN)/codespell
 
 # A notebook that fails is an error. Each is executed again only when it changes; ARGS="-D nb_execution_mode=off": none is.
-docs: $(VENV)/.installed-docs  ## The documentation as HTML, in docs/_build/html; every notebook is executed
+docs: $(VENV)/.installed-dev  ## The documentation as HTML, in docs/_build/html; every notebook is executed
 	@OMP_NUM_THREADS=1 $(BIN)/sphinx-build -W --keep-going -q -b html $(ARGS) docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
@@ -54,11 +52,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "Installing the test and lint tools into $(VENV) ..."
+	@echo "Installing the tools for tests, linters and documentation into $(VENV) ..."
 	@$(PIP_INSTALL) -e '.[$(DEV_EXTRAS)]'
-	@touch $@
-
-$(VENV)/.installed-docs: $(VENV)/.installed
-	@echo "Installing the documentation tools into $(VENV) ..."
-	@$(PIP_INSTALL) -e '.[$(DOCS_EXTRAS)]'
 	@touch $@
