@@ -411,6 +411,24 @@ def test_a_word_that_only_memory_spells_can_be_copied() -> None:
     torch.testing.assert_close(gained, (pointed[0] + 1 / words).log() - torch.tensor(1 / words).log())
 
 
+@torch.no_grad()
+def test_what_a_latent_spells_is_pointed_at_by_what_it_means() -> None:
+    generator = fused_generator("prefix_bert", "pointed")
+    fusion = generator.fusion
+    assert isinstance(fusion, CrossAttentionFusion)
+    for block in fusion.blocks.values():  # the layers are told nothing: what differs is what is pointed at
+        block.output.weight.zero_()
+    fusion.spell = lambda latents: ["sea", *[""] * (len(latents) - 1)]  # type: ignore[method-assign]
+    first, second = memory(2).latents, memory(2, seed=5).latents
+    pointed = {}
+    for name, latents in {"a": first, "b": torch.stack((first[0], second[1])), "c": second}.items():
+        prompt = Prompt((TextSegment("document "), MemorySegment(VisualMemory(latents, "compressor")), QUESTION))
+        with fusion.condition(generator, [prompt]) as inputs:
+            pointed[name] = generator.model(**inputs).attentions[0][0, -1]
+    torch.testing.assert_close(pointed["a"], pointed["b"])  # the latent beside it spells nothing
+    assert (pointed["a"][0] - pointed["c"][0]).abs() > 1e-4
+
+
 def test_nothing_is_pointed_at_where_nothing_is_copied_or_spelt() -> None:
     with pytest.raises(ConfigError, match=r"pointed must be False for a generator that copies no words, got True"):
         CrossAttentionFusion.for_model(causal_generator("llama").model, 16, direct=False, pointed=True)
