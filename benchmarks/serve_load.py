@@ -252,7 +252,8 @@ def main() -> None:
         questions = make_index(index, arguments.questions)
         serve = [sys.executable, "-m", "vist_rag.cli", "serve", "--index", str(index), "--port", "0"]
         result = load(arguments.seconds, arguments.clients, serve, questions, Path(directory, "server.log"))
-    command = "python benchmarks/serve_load.py --seconds 60 --json"
+    asked = f"--seconds {arguments.seconds:g} --clients {arguments.clients} --questions {arguments.questions}"
+    command = f"python benchmarks/serve_load.py {asked} --json"
     document = {"benchmark": "serve_load", **run_facts(command), **result}
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
