@@ -57,6 +57,15 @@ def last_shown(ids: Tensor) -> Tensor:
     return F.pad(torch.where(ids >= 0, place, -1).cummax(1).values[:, :-1], (1, 0), value=-1)
 
 
+def shown_behind(memory: Tensor, prompt: Tensor) -> Tensor:
+    """What looked-up memory shows, then what the prompt does: int64 ``[b, m, s]``, ``[b, t, s']`` -> ``[b, m + t, S]``.
+
+    ``S`` is the larger number of slots; -1 fills what is missing.
+    """
+    slots = max(memory.shape[-1], prompt.shape[-1])
+    return torch.cat([F.pad(some, (0, slots - some.shape[-1]), value=-1) for some in (memory, prompt)], dim=1)
+
+
 class Once:
     """A function of a tensor that is worked out once, until the tensor changes; anew each time where gradients flow.
 
@@ -344,9 +353,7 @@ class PrefixBertForCausalLM(BertLMHeadModel):
             if not past:
                 sources = torch.cat((memory_states.to(states.dtype), states), dim=1)
                 shown = torch.full_like(states[..., :1], -1, dtype=torch.long) if shown is None else shown
-                slots = max(shown.shape[-1], memory_shown.shape[-1])
-                both = [F.pad(some, (0, slots - some.shape[-1]), value=-1) for some in (memory_shown, shown)]
-                shown = torch.cat(both, dim=1)
+                shown = shown_behind(memory_shown, shown)
         copied, pointed = self.copy(
             sources, embeddings[:, first:], words, end, shown, copyable, answer[:, first:], cache, layer
         )

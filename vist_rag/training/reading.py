@@ -21,7 +21,7 @@ from vist_rag.compression.memory import places
 from vist_rag.errors import ConfigError
 from vist_rag.generation import CrossAttentionFusion, PromptTemplate, VistGenerator
 from vist_rag.generation.fusion.soft_prompt import merged, show, side_by_side
-from vist_rag.generation.prefix_bert import PrefixBertForCausalLM
+from vist_rag.generation.prefix_bert import PrefixBertForCausalLM, shown_behind
 from vist_rag.generation.words import embedding_scale
 from vist_rag.rendering import Pages
 from vist_rag.training.examples import RECONSTRUCT, Example, misspell
@@ -329,10 +329,8 @@ class MemoryReading(nn.Module):
         figures = {"token_accuracy": (logits[told].argmax(-1) == labels[told]).float().mean().detach()}
         if isinstance(self.lm, PrefixBertForCausalLM):
             shows = extra["shown"]
-            if "memory_shown" in beside:  # what memory spells comes before what the prompt shows
-                slots = max(shows.shape[-1], beside["memory_shown"].shape[-1])
-                both = (beside["memory_shown"], shows)
-                shows = torch.cat([F.pad(some, (0, slots - some.shape[-1]), value=-1) for some in both], dim=1)
+            if "memory_shown" in beside:
+                shows = shown_behind(beside["memory_shown"], shows)
             elif not self.fusion.in_context:  # only what was read as text can be pointed at
                 pointers = [
                     [(part, tokens) for part, tokens in found if not isinstance(row[part], int)]
